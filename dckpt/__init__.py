@@ -1,0 +1,116 @@
+"""dckpt: durable, verified, resumable checkpoints for distributed PyTorch training.
+
+Names are resolved on first use, so that `import dckpt` (and the command line) does not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from dckpt.version import __version__
+
+if TYPE_CHECKING:
+    from dckpt.catalog.retention import Best, Retention
+    from dckpt.checkpointer import Checkpointer, ResumePolicy
+    from dckpt.dcp.planner import DckptLoadPlanner, DckptSavePlanner
+    from dckpt.dcp.reader import DckptReader
+    from dckpt.dcp.writer import DckptWriter
+    from dckpt.engine.cadence import Every, StepAction
+    from dckpt.engine.pending import PendingSave
+    from dckpt.errors import (
+        CheckpointNotFoundError,
+        CommitConflictError,
+        ConfigError,
+        CoordinationTimeoutError,
+        CorruptCheckpointError,
+        DckptError,
+        FormatVersionError,
+        IncompatibleStateError,
+        KeyExistsError,
+        PeerFailedError,
+        PoisonedStateError,
+        ResumeRejectedError,
+        SaveNotFinishedError,
+        StorageError,
+        StorageFullError,
+        StorageMissingError,
+        StorageReadOnlyError,
+        TransientStorageError,
+        UnknownOutcomeError,
+    )
+    from dckpt.findings import Finding
+    from dckpt.resume.report import LoadResult, ResumeReport
+    from dckpt.state.evaluating import evaluating
+    from dckpt.state.progress import Batch, TrainProgress
+    from dckpt.state.train_state import TrainState
+
+    Stop = StepAction.STOP
+    Continue = StepAction.CONTINUE
+
+_HOMES = {
+    "Batch": "dckpt.state.progress",
+    "Best": "dckpt.catalog.retention",
+    "Checkpointer": "dckpt.checkpointer",
+    "DckptLoadPlanner": "dckpt.dcp.planner",
+    "DckptReader": "dckpt.dcp.reader",
+    "DckptSavePlanner": "dckpt.dcp.planner",
+    "DckptWriter": "dckpt.dcp.writer",
+    "Every": "dckpt.engine.cadence",
+    "Finding": "dckpt.findings",
+    "LoadResult": "dckpt.resume.report",
+    "PendingSave": "dckpt.engine.pending",
+    "ResumePolicy": "dckpt.checkpointer",
+    "ResumeReport": "dckpt.resume.report",
+    "Retention": "dckpt.catalog.retention",
+    "StepAction": "dckpt.engine.cadence",
+    "TrainProgress": "dckpt.state.progress",
+    "TrainState": "dckpt.state.train_state",
+    "evaluating": "dckpt.state.evaluating",
+    "CheckpointNotFoundError": "dckpt.errors",
+    "CommitConflictError": "dckpt.errors",
+    "ConfigError": "dckpt.errors",
+    "CoordinationTimeoutError": "dckpt.errors",
+    "CorruptCheckpointError": "dckpt.errors",
+    "DckptError": "dckpt.errors",
+    "FormatVersionError": "dckpt.errors",
+    "IncompatibleStateError": "dckpt.errors",
+    "KeyExistsError": "dckpt.errors",
+    "PeerFailedError": "dckpt.errors",
+    "PoisonedStateError": "dckpt.errors",
+    "ResumeRejectedError": "dckpt.errors",
+    "SaveNotFinishedError": "dckpt.errors",
+    "StorageError": "dckpt.errors",
+    "StorageFullError": "dckpt.errors",
+    "StorageMissingError": "dckpt.errors",
+    "StorageReadOnlyError": "dckpt.errors",
+    "TransientStorageError": "dckpt.errors",
+    "UnknownOutcomeError": "dckpt.errors",
+}
+
+EXIT_STOPPED = 75
+"""Exit code for "stopped on request, saved": start the same command again (EX_TEMPFAIL of sysexits.h)."""
+
+__all__ = [  # noqa: PLE0604 - names in `_HOMES` are resolved by `__getattr__`
+    "EXIT_STOPPED",
+    "Continue",
+    "Stop",
+    "__version__",
+    *sorted(_HOMES),
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("Stop", "Continue"):
+        action = importlib.import_module("dckpt.engine.cadence").StepAction
+        return action.STOP if name == "Stop" else action.CONTINUE
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'dckpt' has no attribute {name!r}")
+    value = getattr(importlib.import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

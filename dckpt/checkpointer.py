@@ -1,0 +1,488 @@
+"""What a training loop holds: one object that saves, resumes, and says when to stop."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import signal
+import time
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Literal
+
+from dckpt.catalog.catalog import Catalog
+from dckpt.catalog.retention import Retention
+from dckpt.engine.cadence import Cadence, Every, StepAction
+from dckpt.engine.keeper import Keeper
+from dckpt.engine.loader import Loaded, Loader, LoadOptions
+from dckpt.engine.pending import PendingSave
+from dckpt.engine.refusal import REFUSALS
+from dckpt.engine.saver import Saver, SaveRequest, as_dckpt_error
+from dckpt.engine.signals import SignalWatch
+from dckpt.engine.worker import SaveThread
+from dckpt.errors import (
+    CheckpointNotFoundError,
+    CommitConflictError,
+    ConfigError,
+    DckptError,
+    PoisonedStateError,
+    SaveNotFinishedError,
+)
+from dckpt.format.layout import CheckpointId
+from dckpt.ranks.coordination import Coordination
+from dckpt.ranks.topology import detect_topology
+from dckpt.resume.report import LoadResult, ResumeReport
+from dckpt.resume.validator import validate
+from dckpt.state.train_state import TrainState
+from dckpt.storage.opening import open_storage
+
+log = logging.getLogger(__name__)
+
+LINGER_S = 20.0  # how long rank 0 stays reachable at the end, so that every rank learns the last outcome
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResumePolicy:
+    """How `resume` behaves. walk_back: pass over checkpoints whose damage was confirmed by a second read."""
+
+    walk_back: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class _LastSave:
+    """To tell "the same step again" from "the step did not move while the optimizer did"."""
+
+    step: int
+    micro_step: int
+    optimizer_steps: int | None
+    pending: PendingSave
+
+
+class Checkpointer:
+    """Saves and resumes one run. Every rank creates it and calls its methods in the same order.
+
+    root: directory of the run (or `file://` URL), the same place on every rank.
+    save: when `step` saves; None leaves it to explicit `save` calls and signals.
+    retention: what to keep after each commit; the default keeps all.
+    on_save_error: "continue" logs a failed save and trains on, until `give_up_after` saves in a row failed; "raise"
+        raises at the next call. Errors that no later save can mend (another job took the run over, a wrong argument)
+        are always raised.
+    deadline_s: the longest time without any progress of a rank before the others stop waiting for it.
+    signals: on these, `step` saves and returns `Stop`. Only set in the main thread.
+    when_busy: a save that comes due in `step` while another is in flight waits for it, or is skipped.
+
+    Leaving the `with` block (also by an exception) waits for the save in flight; so does the end of the process.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        *,
+        save: Every | None = None,
+        retention: Retention | None = None,
+        on_save_error: Literal["continue", "raise"] = "continue",
+        give_up_after: int = 3,
+        deadline_s: float = 600.0,
+        signals: Iterable[signal.Signals] = (signal.SIGTERM, signal.SIGUSR1),
+        when_busy: Literal["wait", "skip"] = "wait",
+    ) -> None:
+        _ensure_choice("on_save_error", on_save_error, ("continue", "raise"))
+        _ensure_choice("when_busy", when_busy, ("wait", "skip"))
+        if give_up_after < 1:
+            raise ConfigError(f"Checkpointer(give_up_after=): expected at least 1, found {give_up_after}.")
+        if deadline_s <= 0:
+            raise ConfigError(f"Checkpointer(deadline_s=): expected more than 0 seconds, found {deadline_s}.")
+        self._storage = open_storage(os.fspath(root))
+        self._topology = detect_topology()
+        self._coordination = Coordination.connect(self._topology, scope="checkpointer", deadline_s=deadline_s)
+        keeper = Keeper(self._storage, retention or Retention())
+        self._saver = Saver(
+            self._storage, self._coordination, self._topology, on_commit=lambda _: keeper.apply()
+        )
+        self._loader = Loader(self._storage, self._coordination, self._topology)
+        self._thread = SaveThread("dckpt-save")
+        self._signals = SignalWatch(signals)
+        self._cadence = Cadence(
+            save, self._coordination, self._topology, self._signals, deadline_s=deadline_s
+        )
+        self._deadline_s = deadline_s
+        self._raise_errors = on_save_error == "raise"
+        self._give_up_after = give_up_after
+        self._skip_when_busy = when_busy == "skip"
+        self._failures = 0
+        self._busy_checks = 0
+        self._in_flight: PendingSave | None = None
+        self._last: _LastSave | None = None
+        self._closed = False
+        self._at_exit = _close_at_exit(weakref.ref(self))
+        atexit.register(self._at_exit)
+
+    # -- the training loop ---------------------------------------------------------------------------------------------
+
+    def step(self, state: TrainState) -> StepAction:
+        """Call once after each optimizer step. Saves when due; returns `Stop` after a signal, with the state committed.
+
+        All ranks stop at the same step. In the middle of gradient accumulation nothing happens. When
+        `state.progress.max_steps` is reached the last state is saved as well, and waited for.
+        """
+        progress = state.progress
+        if progress is None:
+            raise ConfigError(
+                "Checkpointer.step: expected a TrainState with progress, found none. Give TrainState(progress="
+                "TrainProgress(...)) and call progress.advance(), or call save(state, step=...) yourself."
+            )
+        self._ensure_open()
+        if progress.micro_step:
+            return StepAction.CONTINUE
+        decided = self._cadence.decide(progress.step, is_last=progress.done)
+        if decided.stop is None and not decided.save:
+            self._collect()
+            return StepAction.CONTINUE
+        stops = decided.stop is not None
+        if stops and self._topology.is_coordinator:
+            log.info("%s received: saving step %d, then stopping", decided.stop, progress.step)
+        if not stops and not progress.done and self._skip_when_busy and self._is_busy_anywhere(progress.step):
+            return StepAction.CONTINUE
+        pending = self.save(state)
+        if stops or progress.done:
+            pending.wait()
+            self._collect()
+        return StepAction.STOP if stops else StepAction.CONTINUE
+
+    def save(
+        self,
+        state: TrainState,
+        *,
+        step: int | None = None,
+        metrics: Mapping[str, float] | None = None,
+        blocking: bool = False,
+    ) -> PendingSave:
+        """Saves `state` as `step` (default: `state.progress.step`); every rank must call it.
+
+        Returns once this rank's part is copied, so the state may change again; with `blocking`, once the outcome is
+        known. One save is in flight: an earlier one is waited for first. The same step saved again without an optimizer
+        step between returns the same `PendingSave`. A failed save is in `.outcome` and `.error` (see `on_save_error`).
+
+        Raises `ConfigError` if the run has checkpoints and nothing was loaded, or if the step did not move while the
+        optimizer did; `CommitConflictError` if another job took over; `PoisonedStateError` after a failed load.
+        """
+        self._ensure_open()
+        self._ensure_not_poisoned()
+        started = time.monotonic()
+        request = self._request(state, step, metrics or {})
+        again = self._same_step(state, request)
+        if again is not None:
+            return again
+        self._wait_in_flight()
+        pending = PendingSave(request.step, request.micro_step)
+        self._last = _LastSave(request.step, request.micro_step, state.optimizer_steps, pending)
+        self._cadence.note_save()
+        self._start(state, request, pending, started)
+        if blocking:
+            pending.wait()
+            self._collect()
+        return pending
+
+    def _start(self, state: TrainState, request: SaveRequest, pending: PendingSave, started: float) -> None:
+        self._in_flight = pending
+        try:
+            job = self._saver.start(state, request, pending)
+        except REFUSALS as error:
+            pending.conclude("failed", as_dckpt_error(error))
+            self._in_flight = None
+            raise
+        except Exception as error:  # noqa: BLE001 - a failed save must not end training; the policy decides
+            pending.conclude("failed", as_dckpt_error(error))
+            self._collect()
+            return
+        except BaseException as error:
+            pending.conclude("failed", as_dckpt_error(error))
+            raise
+        pending.seconds_stalled = time.monotonic() - started
+        self._thread.submit(lambda: self._saver.finish(job))
+
+    def _request(self, state: TrainState, step: int | None, metrics: Mapping[str, float]) -> SaveRequest:
+        progress = state.progress
+        if step is None:
+            if progress is None:
+                raise ConfigError(
+                    "Checkpointer.save: expected step= or a TrainState with progress, found neither. Pass save(state, step=...)."
+                )
+            step = progress.step
+        micro_step = progress.micro_step if progress is not None else 0
+        if micro_step:
+            raise ConfigError(
+                f"Save of step {step}: expected a boundary of gradient accumulation, found micro-step {micro_step}. "
+                "Gradients are not stored in this version: save after optimizer.step() and progress.advance()."
+            )
+        return SaveRequest(step=step, micro_step=micro_step, metrics=dict(metrics))
+
+    def _same_step(self, state: TrainState, request: SaveRequest) -> PendingSave | None:
+        last = self._last
+        if last is None or (last.step, last.micro_step) != (request.step, request.micro_step):
+            return None
+        if last.optimizer_steps != state.optimizer_steps:
+            raise ConfigError(
+                f"Save of step {request.step}: this step was saved before, and the optimizer has moved since (from "
+                f"{last.optimizer_steps} to {state.optimizer_steps} calls of step()). Call progress.advance() after each "
+                "optimizer.step(), on every rank."
+            )
+        # Ranks learn an outcome at slightly different times; only a known one is the same on all of them.
+        self._wait_in_flight()
+        return None if last.pending.outcome == "failed" else last.pending
+
+    def _is_busy_anywhere(self, step: int) -> bool:
+        """Agreed by all ranks: one rank that skips while another saves would leave the other waiting."""
+        self._busy_checks += 1
+        busy = self._in_flight is not None and not self._in_flight.done
+        session = self._coordination.session(
+            f"busy-{self._busy_checks}", what=f"save of step {step}", call=f"step(state) at step {step}"
+        )
+        answer = session.exchange(
+            "busy", b"1" if busy else b"0", lambda payloads: b"1" if b"1" in payloads else b"0"
+        )
+        if answer == b"1" and self._topology.is_coordinator:
+            log.warning("save of step %d skipped: the save before it is still in flight", step)
+        return answer == b"1"
+
+    # -- loading -------------------------------------------------------------------------------------------------------
+
+    def resume(self, state: TrainState, *, policy: ResumePolicy | None = None) -> ResumeReport | None:
+        """Loads the newest good checkpoint of the run's current line into `state`, RNG last, and reports.
+
+        None means a new run: the root has no generation and no checkpoint; that is announced. Corruption that a second,
+        uncached read confirmed walks back to the next older checkpoint; storage trouble and a state that does not fit
+        are raised, and so is a run in which every candidate is damaged.
+        """
+        chosen = policy or ResumePolicy()
+        loaded = self._load(
+            state,
+            lambda catalog: catalog.line(),
+            LoadOptions(walk_back=chosen.walk_back),
+            call="resume(state)",
+        )
+        if loaded is None:
+            self._saver.lineage.start_fresh(observed=0)
+            self._announce_new_run()
+            return None
+        reason: Literal["resume", "walk-back"] = "walk-back" if loaded.result.damaged else "resume"
+        self._adopt(state, loaded, reason)
+        report = self.validate(state, loaded.result)
+        if self._topology.is_coordinator:
+            log.info("%s", report.text())
+        return report
+
+    def load(
+        self,
+        state: TrainState,
+        step: int | str = "latest",
+        *,
+        parts: Sequence[str] | None = None,
+        allow_missing: Sequence[str] = (),
+        allow_unexpected: Sequence[str] = (),
+        cast: Literal["exact", "allow"] = "exact",
+    ) -> LoadResult:
+        """Loads one checkpoint: "latest", a step of the current line, or a full checkpoint name. Never walks back.
+
+        What is saved afterwards descends from it; later steps of the old line become superseded. All differences are
+        refused at once (`IncompatibleStateError`) before a live tensor is touched, except those that are allowed.
+        """
+        options = LoadOptions(
+            parts=parts, allow_missing=allow_missing, allow_unexpected=allow_unexpected, cast=cast
+        )
+        loaded = self._load(state, lambda catalog: [catalog.resolve(step)], options, call=f"load({step!r})")
+        if loaded is None:
+            raise CheckpointNotFoundError(
+                f"Load of {step!r}: expected a run with checkpoints in {self._storage.locate('')}, found none."
+            )
+        self._adopt(state, loaded, "load")
+        return loaded.result
+
+    def validate(self, state: TrainState, loaded: LoadResult) -> ResumeReport:
+        """Compares the loaded checkpoint's facts with the live run; touches nothing, the same on every rank."""
+        return validate(state, loaded, self._topology.world_size)
+
+    def _load(
+        self,
+        state: TrainState,
+        select: Callable[[Catalog], list[CheckpointId]],
+        options: LoadOptions,
+        *,
+        call: str,
+    ) -> Loaded | None:
+        self._ensure_open()
+        self._wait_in_flight()
+        return self._loader.load(state, select, options, call=call)
+
+    def _adopt(
+        self, state: TrainState, loaded: Loaded, reason: Literal["resume", "walk-back", "load"]
+    ) -> None:
+        result = loaded.result
+        self._saver.lineage.adopt(
+            loaded.observed_generation,
+            loaded.identity,
+            result.manifest_sha256,
+            result.manifest.run_id,
+            reason,
+        )
+        self._cadence.reset()
+        committed = PendingSave(loaded.identity.step, loaded.identity.micro_step)
+        committed.checkpoint = result.checkpoint
+        committed.conclude("committed")
+        self._last = _LastSave(
+            loaded.identity.step, loaded.identity.micro_step, state.optimizer_steps, committed
+        )
+
+    def _announce_new_run(self) -> None:
+        if not self._topology.is_coordinator:
+            return
+        place = self._storage.locate("")
+        log.warning("no checkpoint in %s: starting a new run from step 0", place)
+        for name in _neighbouring_runs(place):
+            log.warning("a run with checkpoints lies beside it: %s (is the root mistyped?)", name)
+
+    # -- the run -------------------------------------------------------------------------------------------------------
+
+    def steps(self) -> list[int]:
+        """Steps of the current line that are committed, ascending. Reads names only."""
+        return sorted({item.step for item in Catalog(self._storage).line()})
+
+    def pin(self, step: int | str = "latest") -> str:
+        """Retention never expires the pinned checkpoint; returns its name. Any one rank may call it."""
+        catalog = Catalog(self._storage)
+        name = catalog.resolve(step).name
+        catalog.pin(name)
+        return name
+
+    def unpin(self, step: int | str) -> str:
+        """Takes the pin away; returns the checkpoint's name."""
+        catalog = Catalog(self._storage)
+        name = catalog.resolve(step).name
+        catalog.unpin(name)
+        return name
+
+    # -- waiting and the end -------------------------------------------------------------------------------------------
+
+    def wait(self) -> None:
+        """Waits for the save in flight and applies the error policy to its outcome."""
+        self._wait_in_flight()
+
+    def close(self) -> None:
+        """Waits for the save in flight, puts signal handlers back and ends the background thread; safe to repeat.
+
+        Raises `SaveNotFinishedError` if the save in flight makes no end within twice the deadline, and the save's own
+        error under on_save_error="raise".
+        """
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            self._finish_last()
+        finally:
+            self._thread.stop(timeout_s=1.0)
+            self._signals.restore()
+            self._coordination.close(LINGER_S)
+            atexit.unregister(self._at_exit)
+
+    def _finish_last(self) -> None:
+        pending = self._in_flight
+        if pending is None:
+            return
+        try:
+            pending.wait(2 * self._deadline_s)
+        except SaveNotFinishedError:
+            log.error("close: the save of step %d did not end; it may still commit", pending.step)  # noqa: TRY400
+            raise
+        self._collect()
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.close()
+        except DckptError as late:
+            if error is None:
+                raise
+            log.error("while leaving after %s: %s", type(error).__name__, late)  # noqa: TRY400 - the loop's own error goes up
+
+    def _wait_in_flight(self) -> None:
+        if self._in_flight is not None:
+            self._in_flight.wait()
+            self._collect()
+
+    def _collect(self) -> None:
+        """Applies the error policy to a save that has ended since the last call."""
+        pending = self._in_flight
+        if pending is None or not pending.done:
+            return
+        self._in_flight = None
+        error = pending.error
+        if pending.outcome == "committed":
+            self._failures = 0
+            return
+        assert error is not None
+        self._failures += 1
+        log.error(
+            "save of step %d %s (%d in a row): %s Training goes on; the previous checkpoint stands.",
+            pending.step,
+            "failed" if pending.outcome == "failed" else "has an unknown outcome",
+            self._failures,
+            error,
+        )
+        if (
+            self._raise_errors
+            or isinstance(error, CommitConflictError)
+            or self._failures >= self._give_up_after
+        ):
+            raise error
+
+    def _ensure_open(self) -> None:
+        if self._closed:
+            raise ConfigError(
+                "Checkpointer: expected an open one, found it closed. Call it inside its `with` block."
+            )
+
+    def _ensure_not_poisoned(self) -> None:
+        name = self._loader.poisoned_by
+        if name is not None:
+            raise PoisonedStateError(
+                f"Save: the load of {name} failed after it had changed live tensors, so the state is a mixture. Load or "
+                "resume successfully before saving."
+            )
+
+
+def _close_at_exit(reference: weakref.ref[Checkpointer]) -> Callable[[], None]:
+    def close() -> None:
+        checkpointer = reference()
+        if checkpointer is not None:
+            try:
+                checkpointer.close()
+            except DckptError as error:
+                log.error("at the end of the process: %s", error)  # noqa: TRY400 - nobody is left to raise to
+
+    return close
+
+
+def _ensure_choice(name: str, found: str, choices: tuple[str, ...]) -> None:
+    if found not in choices:
+        raise ConfigError(f"Checkpointer({name}=): expected one of {', '.join(choices)}, found {found!r}.")
+
+
+def _neighbouring_runs(place: str) -> list[str]:
+    """Up to three directories beside `place` that hold generations; only looked for when nothing was found."""
+    parent = os.path.dirname(place.rstrip("/"))
+    found = []
+    try:
+        with os.scandir(parent) as entries:
+            for entry in entries:
+                if entry.is_dir() and os.path.isdir(os.path.join(entry.path, "generations")):
+                    found.append(entry.path)
+    except OSError as error:
+        log.debug("cannot look beside %s: %s", place, error)
+    return sorted(path for path in found if path != place.rstrip("/"))[:3]

@@ -1,0 +1,1 @@
+"""The command `dckpt`: one file a command."""

@@ -1,0 +1,58 @@
+"""Applies the retention policy after each commit. On the coordinator, in the saving thread."""
+
+from __future__ import annotations
+
+import logging
+
+from dckpt.catalog.catalog import Catalog
+from dckpt.catalog.prune import expire
+from dckpt.catalog.retention import Candidate, Retention, plan_retention
+from dckpt.errors import CommitConflictError, CorruptCheckpointError, StorageError
+from dckpt.storage.base import Storage
+
+log = logging.getLogger(__name__)
+
+
+class Keeper:
+    """Keeps what the policy keeps. A failure to delete is reported and never a failure of the save that went before."""
+
+    def __init__(self, storage: Storage, policy: Retention) -> None:
+        self._storage = storage
+        self._policy = policy
+        self._metrics: dict[str, tuple[dict[str, float], float]] = {}
+
+    def apply(self) -> int:
+        """Expires what the policy does not keep; returns how many checkpoints of the current line remain."""
+        try:
+            return self._apply()
+        except (StorageError, CommitConflictError, CorruptCheckpointError) as error:
+            log.warning("retention was not applied: %s Checkpoints pile up until it can be.", error)
+            return 0
+
+    def _apply(self) -> int:
+        catalog = Catalog(self._storage)
+        line = catalog.line()
+        if self._policy == Retention():
+            return len(line)
+        pins = catalog.pins()
+        candidates = []
+        for item in line:
+            metrics, created = self._facts(catalog, item.name)
+            candidates.append(
+                Candidate(id=item, metrics=metrics, is_pinned=item.name in pins, created_unix_s=created)
+            )
+        plan = plan_retention(candidates, self._policy)
+        if plan.expire:
+            expire(self._storage, [item.name for item in plan.expire])
+        return len(plan.keep)
+
+    def _facts(self, catalog: Catalog, name: str) -> tuple[dict[str, float], float]:
+        if name not in self._metrics:
+            try:
+                manifest, _ = catalog.read_manifest(name)
+            except (CorruptCheckpointError, StorageError) as error:
+                # A damaged one takes part without metrics: `last` and `every` still count it, `best` never prefers it.
+                log.warning("%s cannot be read for retention: %s", name, error)
+                return {}, 0.0
+            self._metrics[name] = (dict(manifest.metrics), manifest.created_unix_s)
+        return self._metrics[name]

@@ -1,0 +1,96 @@
+"""Where this process stands in the run's history: which generation it saw, and what its first commit descends from."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable
+
+from dckpt import failpoint
+from dckpt.catalog.catalog import Catalog
+from dckpt.catalog.generations import create_generation, ensure_not_fenced
+from dckpt.errors import ConfigError
+from dckpt.format.generation import Generation, Parent, Reason
+from dckpt.format.layout import CheckpointId
+from dckpt.storage.base import Storage
+
+
+class Lineage:
+    """The coordinator's record of the run's chain. Other ranks keep none: they are told the generation with each save.
+
+    A generation is created just before the first commit after a start, a resume or a load, and only if nobody else
+    created one since this process looked: that is the fence against two jobs on one run.
+    """
+
+    def __init__(self, storage: Storage, clock: Callable[[], float] = time.time) -> None:
+        self._storage = storage
+        self._clock = clock
+        self._observed: int | None = None
+        self._parent: Parent | None = None
+        self._reason: Reason = "start"
+        self._run_id = uuid.uuid4().hex
+        self.generation: int | None = None
+
+    @property
+    def run_id(self) -> str:
+        """128 random bits that name the run; kept over all its generations."""
+        return self._run_id
+
+    def adopt(
+        self, observed: int, parent: CheckpointId, manifest_sha256: str, run_id: str | None, reason: Reason
+    ) -> None:
+        """State was loaded from `parent`: what is committed from now on descends from it."""
+        self._observed = observed
+        self._parent = Parent(
+            checkpoint=parent.name,
+            step=parent.step,
+            micro_step=parent.micro_step,
+            generation=parent.generation,
+            manifest_sha256=manifest_sha256,
+        )
+        self._reason = reason
+        self._run_id = run_id or self._run_id
+        self.generation = None
+
+    def start_fresh(self, observed: int) -> None:
+        """Nothing to resume was found: the first commit starts the run."""
+        self._observed = observed
+
+    def ensure_generation(self, world_size: int) -> int:
+        """The number under which to commit now; creates the generation if this is the first commit of it.
+
+        Raises `ConfigError` if the run has checkpoints and nothing was resumed, `CommitConflictError` if another job
+        took the run over.
+        """
+        if self.generation is not None:
+            ensure_not_fenced(self._storage, self.generation)
+            return self.generation
+        newest = Catalog(self._storage).newest_generation()
+        if self._observed is None:
+            self._ensure_empty(newest)
+            self._observed = newest
+        failpoint.reach("before_generation")
+        record = Generation(
+            number=self._observed + 1,
+            run_id=self._run_id,
+            parent=self._parent,
+            reason=self._reason,
+            world_size=world_size,
+            created_unix_s=self._clock(),
+            nonce=uuid.uuid4().hex,
+        )
+        create_generation(self._storage, record, expected_newest=self._observed)
+        failpoint.reach("after_generation")
+        self.generation = record.number
+        return record.number
+
+    def _ensure_empty(self, newest: int) -> None:
+        found = Catalog(self._storage).checkpoints()
+        if newest == 0 and not found:
+            return
+        latest = max(found).name if found else "none"
+        raise ConfigError(
+            f"Run {self._storage.locate('')}: expected an empty root for a new run, found {len(found)} checkpoints (newest "
+            f"{latest}) of {newest} generations. Saving here without loading would start a second history: call "
+            "checkpointer.resume(state) first, or choose another root."
+        )

@@ -1,0 +1,357 @@
+"""One load: find a checkpoint, see that it fits, read it verified, apply it. All ranks decide each stage together."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from dckpt.blocks.read import read_checked
+from dckpt.catalog.catalog import Catalog
+from dckpt.dcp.read import CheckpointFiles, plan_tensor_reads
+from dckpt.engine.plan import RNG
+from dckpt.engine.refusal import REFUSALS, encode_refusal, raise_refusals
+from dckpt.engine.rng_restore import restore_rng_streams
+from dckpt.engine.saved_state import SavedState
+from dckpt.errors import (
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    DckptError,
+    IncompatibleStateError,
+    StorageMissingError,
+    from_wire,
+    to_wire,
+)
+from dckpt.format.index import parse_index
+from dckpt.format.layout import CheckpointId
+from dckpt.format.manifest import Manifest
+from dckpt.format.values import dump_json, load_json
+from dckpt.ranks.coordination import Coordination
+from dckpt.ranks.session import Session
+from dckpt.ranks.topology import Topology
+from dckpt.resume.report import LoadResult
+from dckpt.state.records import RestorePlan
+from dckpt.state.train_state import TrainState
+from dckpt.storage.base import Storage
+
+log = logging.getLogger(__name__)
+
+MESSAGE_BYTES_MAX = 2**31
+VISIBLE_WAIT_S = (
+    30.0  # how long a committed manifest may stay hidden behind a client's cached directory (NFS)
+)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """How much of the checkpoint to load and which differences are wanted."""
+
+    parts: Sequence[str] | None = None
+    allow_missing: Sequence[str] = ()
+    allow_unexpected: Sequence[str] = ()
+    cast: Literal["exact", "allow"] = "exact"
+    walk_back: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A load's result and what the lineage must know of it."""
+
+    result: LoadResult
+    observed_generation: int
+    identity: CheckpointId
+
+
+@dataclass
+class _Candidate:
+    """What one rank holds while it looks at one checkpoint."""
+
+    name: str
+    saved: SavedState
+    plan: RestorePlan
+    files: CheckpointFiles = field(repr=False)
+
+
+class Loader:
+    """Loads into a `TrainState`. `poisoned_by` names the checkpoint of a load that failed half-way, else None."""
+
+    def __init__(self, storage: Storage, coordination: Coordination, topology: Topology) -> None:
+        self._storage = storage
+        self._coordination = coordination
+        self._topology = topology
+        self._loads = 0
+        self.poisoned_by: str | None = None
+
+    def load(
+        self,
+        state: TrainState,
+        select: Callable[[Catalog], list[CheckpointId]],
+        options: LoadOptions,
+        *,
+        call: str,
+    ) -> Loaded | None:
+        """Loads the first of the selected checkpoints, or None if `select` finds the root without any history.
+
+        With `walk_back` the next one is tried when corruption was confirmed by a second, uncached read; nothing else
+        walks back. Raises the same error on every rank. Live tensors are first touched after every rank agreed that
+        names, shapes, dtypes and coverage fit.
+        """
+        self._loads += 1
+        session = self._coordination.session(f"load-{self._loads}", what=call, call=call)
+        found = _parse(session.exchange("find", b"", lambda _: self._find(select)))
+        if found["names"] is None:
+            return None
+        damaged: list[tuple[str, DckptError]] = []
+        for number, name in enumerate(found["names"]):
+            outcome = self._load_one(state, session, number, name, options)
+            if isinstance(outcome, LoadResult):
+                self.poisoned_by = None
+                result = replace(outcome, damaged=tuple(name for name, _ in damaged))
+                identity = CheckpointId(result.step or 0, result.micro_step, result.generation)
+                return Loaded(result, found["observed"], identity)
+            damaged.append((name, outcome))
+            if not options.walk_back:
+                raise outcome
+            log.error("%s is damaged, walking back: %s", name, outcome)
+        raise _all_damaged(self._storage.locate(""), damaged)
+
+    def _find(self, select: Callable[[Catalog], list[CheckpointId]]) -> bytes:
+        """On the coordinator: the candidates, newest first, from names that are known to be durable."""
+        if not self._storage.exists():
+            return dump_json({"names": None, "observed": 0})
+        self._storage.sync_dir("")
+        catalog = Catalog(self._storage)
+        observed = catalog.newest_generation()
+        if observed == 0 and not catalog.checkpoints():
+            return dump_json({"names": None, "observed": 0})
+        candidates = select(catalog)
+        if not candidates:
+            raise CheckpointNotFoundError(
+                f"Run {self._storage.locate('')}: expected a checkpoint to load, found {observed} generations and no "
+                "checkpoint on the current line. The run died before its first commit, or its checkpoints were removed: "
+                "choose a new root to start again."
+            )
+        return dump_json({"names": [item.name for item in candidates], "observed": observed})
+
+    def _load_one(
+        self, state: TrainState, session: Session, number: int, name: str, options: LoadOptions
+    ) -> LoadResult | CorruptCheckpointError:
+        announced = _parse(session.exchange(f"manifest-{number}", b"", lambda _: self._announce(name)))
+        if "corrupt" in announced:
+            return _corrupt(announced)
+        candidate, failure = self._open(state, name, announced["sha256"], options)
+        try:
+            verdict = self._vote(session, f"fit-{number}", _fit_payload(candidate), failure, _decide_fit)
+            if "corrupt" in verdict:
+                return _corrupt(verdict)
+            assert candidate is not None
+            self.poisoned_by = name  # from here on live tensors change
+            failure = self._read(session, candidate)
+            verdict = self._vote(session, f"read-{number}", {}, failure, _decide_corrupt)
+            if "corrupt" in verdict:
+                return _corrupt(verdict)
+            rng, failure = self._apply(state, candidate, options)
+            self._vote(session, f"apply-{number}", {}, failure, _decide_corrupt)
+        finally:
+            if candidate is not None:
+                candidate.files.__exit__(None, None, None)
+        saved = candidate.saved
+        return LoadResult(
+            checkpoint=name,
+            step=saved.manifest.step,
+            micro_step=saved.manifest.micro_step,
+            generation=saved.manifest.generation,
+            manifest_sha256=announced["sha256"],
+            manifest=saved.manifest,
+            parts=tuple(part for part in saved.parts if part not in candidate.plan.skipped_parts),
+            skipped_parts=tuple(candidate.plan.skipped_parts),
+            rng=rng,
+            carried_from_rank_0=saved.carried_tensors(),
+        )
+
+    def _announce(self, name: str) -> bytes:
+        try:
+            _, sha256 = Catalog(self._storage).read_manifest(name)
+        except CorruptCheckpointError as error:
+            return dump_json({"corrupt": to_wire(error)})
+        except StorageMissingError as error:
+            # The directory is listed but holds no manifest: what is not whole is damaged, not absent.
+            corrupt = CorruptCheckpointError(
+                f"{self._storage.locate(name)}: expected manifest.json, found none. The checkpoint is damaged; use an "
+                "older step.",
+                key=f"{name}/manifest.json",
+                field="manifest",
+            )
+            log.debug("no manifest in %s", name, exc_info=error)
+            return dump_json({"corrupt": to_wire(corrupt)})
+        return dump_json({"sha256": sha256})
+
+    def _open(
+        self, state: TrainState, name: str, sha256: str, options: LoadOptions
+    ) -> tuple[_Candidate | None, Exception | None]:
+        try:
+            manifest = self._read_manifest(name, sha256)
+            index = parse_index(
+                read_checked(self._storage, name, manifest.index_entry),
+                key=f"{name}/{manifest.index_entry.path}",
+            )
+            files = CheckpointFiles(self._storage, name, manifest, index)
+            saved = SavedState(
+                manifest,
+                index,
+                files,
+                rank=self._topology.rank,
+                is_same_mesh=self._is_same_mesh(state, manifest),
+            )
+            plan = state.plan_restore(
+                saved,
+                parts=options.parts,
+                allow_missing=options.allow_missing,
+                allow_unexpected=options.allow_unexpected,
+                cast=options.cast,
+            )
+            return _Candidate(name, saved, plan, files), None
+        except Exception as error:  # noqa: BLE001 - it travels to all ranks, which raise it together
+            return None, error
+
+    def _is_same_mesh(self, state: TrainState, manifest: Manifest) -> bool:
+        axes = state.mesh_axes()
+        saved = dict(zip(manifest.mesh.axes, manifest.mesh.shape, strict=True)) if manifest.mesh else None
+        return manifest.world_size == self._topology.world_size and (axes or None) == saved
+
+    def _read_manifest(self, name: str, sha256: str) -> Manifest:
+        """The manifest that the coordinator announced; waits a while for it to become visible on this node."""
+        limit = time.monotonic() + VISIBLE_WAIT_S
+        pause = 0.05
+        while True:
+            try:
+                manifest, found = Catalog(self._storage).read_manifest(name)
+            except StorageMissingError:
+                if self._topology.is_coordinator or time.monotonic() > limit:
+                    raise
+                time.sleep(pause)
+                pause = min(2 * pause, 2.0)
+                continue
+            if found != sha256:
+                raise CorruptCheckpointError(
+                    f"{self._storage.locate(name)}/manifest.json: expected sha256 {sha256} as rank 0 reads it, found "
+                    f"{found} on rank {self._topology.rank}. The ranks see different storage; mount the same one everywhere.",
+                    key=f"{name}/manifest.json",
+                    field="sha256",
+                    expected=sha256,
+                    found=found,
+                )
+            return manifest
+
+    def _read(self, session: Session, candidate: _Candidate) -> Exception | None:
+        done = 0
+
+        def on_bytes(count: int) -> None:
+            nonlocal done
+            done += count
+            session.beat(done)
+
+        saved = candidate.saved
+        try:
+            reads = [
+                read
+                for name, tensor in candidate.plan.reads
+                for read in plan_tensor_reads(saved.stored_name(name), saved.index, tensor)
+            ]
+            candidate.files.read_boxes(reads, on_bytes)
+            wanted = {saved.stored_name(name) for name, _ in candidate.plan.reads}
+            world, rank = self._topology.world_size, self._topology.rank
+            for number in range(rank, len(saved.index.files), world):
+                # Per-rank records are read by one rank only, so they count as unread for everybody's share.
+                candidate.files.verify_rest(number, lambda n: n in wanted and not n.startswith("rank."))
+                session.beat(done := done + 1)
+        except Exception as error:  # noqa: BLE001 - it travels to all ranks, which raise it together
+            return error
+        return None
+
+    def _apply(
+        self, state: TrainState, candidate: _Candidate, options: LoadOptions
+    ) -> tuple[dict[str, str], Exception | None]:
+        try:
+            candidate.plan.apply()
+            # RNG comes last: building iterators or stepping schedulers above may have drawn from the streams.
+            is_wanted = options.parts is None or RNG in options.parts
+            if not is_wanted or RNG not in candidate.saved.parts:
+                return {}, None
+            coordinates = state.coordinates() or {"rank": self._topology.rank}
+            return restore_rng_streams(state, candidate.saved, coordinates), None
+        except Exception as error:  # noqa: BLE001 - it travels to all ranks, which raise it together
+            return {}, error
+
+    def _vote(
+        self,
+        session: Session,
+        phase: str,
+        payload: dict[str, Any],
+        failure: Exception | None,
+        decide: Callable[[list[dict[str, Any]]], dict[str, Any]],
+    ) -> dict[str, Any]:
+        """Corruption is a vote (all ranks walk back together); any other failure is an error on every rank."""
+        if isinstance(failure, CorruptCheckpointError):
+            payload, failure = {"corrupt": to_wire(failure)}, None
+        message = dump_json(payload)
+        if isinstance(failure, REFUSALS):
+            message, failure = encode_refusal(failure), None
+
+        def decide_together(payloads: list[bytes]) -> bytes:
+            raise_refusals(payloads)
+            return dump_json(decide([_parse(data) for data in payloads]))
+
+        return _parse(session.exchange(phase, message, decide_together, error=failure))
+
+
+def _parse(data: bytes) -> dict[str, Any]:
+    record: dict[str, Any] = load_json(data, key="message of a rank", limit=MESSAGE_BYTES_MAX)
+    return record
+
+
+def _corrupt(record: dict[str, Any]) -> CorruptCheckpointError:
+    error = from_wire(record["corrupt"])
+    assert isinstance(error, CorruptCheckpointError)
+    return error
+
+
+def _fit_payload(candidate: _Candidate | None) -> dict[str, Any]:
+    if candidate is None:
+        return {}
+    wanted = frozenset(part for part in candidate.saved.parts if part not in candidate.plan.skipped_parts)
+    return {"differences": [*candidate.plan.differences, *candidate.saved.refusals(wanted)]}
+
+
+def _decide_corrupt(payloads: list[dict[str, Any]]) -> dict[str, Any]:
+    return next((payload for payload in payloads if "corrupt" in payload), {})
+
+
+def _decide_fit(payloads: list[dict[str, Any]]) -> dict[str, Any]:
+    corrupt = _decide_corrupt(payloads)
+    if corrupt:
+        return corrupt
+    differences = list(dict.fromkeys(line for payload in payloads for line in payload["differences"]))
+    if differences:
+        shown = "; ".join(differences[:20]) + (
+            f"; and {len(differences) - 20} more" if len(differences) > 20 else ""
+        )
+        raise IncompatibleStateError(
+            f"The checkpoint does not fit the live state in {len(differences)} places: {shown}. Nothing was changed. Build "
+            "the model and optimizer as they were saved, or name the wanted differences (parts=, allow_missing=, "
+            "allow_unexpected=, cast=).",
+            differences=differences,
+        )
+    return {}
+
+
+def _all_damaged(root: str, damaged: list[tuple[str, DckptError]]) -> CorruptCheckpointError:
+    name, error = damaged[0]
+    return CorruptCheckpointError(
+        f"Run {root}: all {len(damaged)} checkpoints on the current line are damaged ({', '.join(n for n, _ in damaged)}); the "
+        f"newest: {error} Nothing was started over: restore the files from a copy, or choose a new root.",
+        key=name,
+        field="all",
+    )

@@ -1,0 +1,97 @@
+"""One committed checkpoint as this rank sees it: per-rank records resolved to plain names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dckpt.dcp.read import CheckpointFiles
+from dckpt.engine.plan import RNG, record_name, values_record_name
+from dckpt.format.index import LayoutIndex
+from dckpt.format.manifest import Manifest
+from dckpt.format.values import load_json
+
+RECORD_BYTES_MAX = 2**30
+
+# Parts whose per-rank difference has a defined answer on another number of ranks: rank 0's value, said in the report.
+CARRIED_PARTS = ("model", "ema")
+
+
+class SavedState:
+    """The view that `TrainState.plan_restore` takes. Reads this rank's records when made, tensors never."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        index: LayoutIndex,
+        files: CheckpointFiles,
+        *,
+        rank: int,
+        is_same_mesh: bool,
+    ) -> None:
+        self.manifest = manifest
+        self.index = index
+        self.is_same_mesh = is_same_mesh
+        self.world_size = manifest.world_size
+        self.step = manifest.step
+        self.generation = manifest.generation
+        self.aliases: Mapping[str, str] = manifest.aliases
+        self.parts = manifest.parts
+        self._source_rank = rank if is_same_mesh else 0
+        self._rank_tensors = frozenset(manifest.rank_tensors)
+        self._values = dict(manifest.values)
+        self.rng: dict[str, Any] = {}
+        for component in manifest.rank_values:
+            name = values_record_name(self._source_rank, component)
+            if name not in index:
+                continue
+            value = load_json(files.read_bytes(name), key=name, limit=RECORD_BYTES_MAX)
+            if component == RNG:
+                self.rng = value
+            else:
+                self._values[component] = value
+
+    def stored_name(self, name: str) -> str:
+        """Under which name the shard files hold the tensor `name` for this rank."""
+        return record_name(self._source_rank, name) if name in self._rank_tensors else name
+
+    def tensors(self) -> Mapping[str, tuple[str, tuple[int, ...]]]:
+        """Plain name -> (safetensors dtype, global shape) of everything that this rank may load."""
+        found = {}
+        for name in self.index.names():
+            if not name.startswith("rank."):
+                meta = self.index.meta(name)
+                found[name] = (meta.dtype, meta.shape)
+        for name in self._rank_tensors:
+            stored = self.stored_name(name)
+            if stored in self.index:
+                meta = self.index.meta(stored)
+                found[name] = (meta.dtype, meta.shape)
+        return found
+
+    def values(self) -> Mapping[str, Any]:
+        """Component -> tagged JSON."""
+        return self._values
+
+    def carried_tensors(self) -> tuple[str, ...]:
+        """Tensors that differed by rank and are taken from rank 0 because the mesh changed."""
+        if self.is_same_mesh:
+            return ()
+        return tuple(sorted(n for n in self._rank_tensors if self._part_of(n) in CARRIED_PARTS))
+
+    def refusals(self, wanted_parts: frozenset[str]) -> list[str]:
+        """What differed by rank and cannot be carried over to another mesh, among the parts that are wanted."""
+        if self.is_same_mesh:
+            return []
+        names = [name for name in self.manifest.rank_values if name != RNG]
+        names += [n for n in self._rank_tensors if self._part_of(n) not in CARRIED_PARTS]
+        return [
+            f"{name}: differed between the {self.world_size} ranks that saved it, so it has no meaning on another mesh; "
+            "make it equal on every rank, or load without it (parts=...)"
+            for name in sorted(names)
+            if self._part_of(name) in wanted_parts
+        ]
+
+    def _part_of(self, name: str) -> str:
+        """The part to which a component or a tensor belongs ("extra.noise.table" to "extra.noise")."""
+        return max((part for part in self.parts if f"{name}.".startswith(f"{part}.")), key=len, default=name)

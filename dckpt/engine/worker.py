@@ -1,0 +1,41 @@
+"""The one background thread of a Checkpointer: takes one save at a time and can always be waited for with a deadline."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+
+
+class SaveThread:
+    """Runs submitted work in order. A daemon: a writer stuck in the kernel must not hold the interpreter's exit."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._work: queue.Queue[Callable[[], None] | None] = queue.Queue(maxsize=1)
+        self._thread: threading.Thread | None = None
+
+    def submit(self, work: Callable[[], None]) -> None:
+        """Hands over `work`, which must not raise. The queue holds one; the caller waits for the save in flight first."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+            self._thread.start()
+        self._work.put(work, timeout=60)
+
+    def _run(self) -> None:
+        while True:
+            work = self._work.get()
+            if work is None:
+                return
+            work()
+
+    def stop(self, timeout_s: float) -> bool:
+        """Ends the thread after what it is doing; False if it did not end in time (it then ends with the process)."""
+        if self._thread is None:
+            return True
+        try:
+            self._work.put(None, timeout=timeout_s)
+        except queue.Full:
+            return False
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()

@@ -1,0 +1,1 @@
+"""What a training run is made of, as names, live tensors and tagged values: captured without a copy, restored as a plan."""

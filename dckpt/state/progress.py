@@ -1,0 +1,226 @@
+"""How far a run has come: steps, epochs, samples and losses, moved by one call after each optimizer step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from dckpt.errors import ConfigError, CorruptCheckpointError
+
+# Device losses that wait to be converted; beyond this many they are converted at once, with one synchronisation.
+_PENDING_MAX = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One optimizer step's samples: `micro` per forward, times accumulation, times data-parallel ranks."""
+
+    micro: int
+    accumulation: int = 1
+    data_parallel: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("micro", "accumulation", "data_parallel"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ConfigError(f"Batch({name}={value!r}): expected an int of at least 1")
+
+    @property
+    def samples(self) -> int:
+        """Samples per optimizer step over all ranks."""
+        return self.micro * self.accumulation * self.data_parallel
+
+
+class TrainProgress:
+    """Counts what is inside committed optimizer steps. Call `advance` after each of them.
+
+    `history` is how many losses are kept. The limits (`max_steps`, `max_epochs`) and `batch` belong to the running
+    job: they are saved for comparison and never overwritten by a load.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_steps: int | None = None,
+        max_epochs: int | None = None,
+        batch: Batch | None = None,
+        history: int = 1000,
+    ) -> None:
+        for name, value in (("max_steps", max_steps), ("max_epochs", max_epochs), ("history", history)):
+            if value is not None and (type(value) is not int or value < 0):
+                raise ConfigError(f"TrainProgress({name}={value!r}): expected an int of at least 0, or nothing")
+        if batch is not None and not isinstance(batch, Batch):
+            raise ConfigError(f"TrainProgress(batch={batch!r}): expected a dckpt.Batch")
+        self.max_steps = max_steps
+        self.max_epochs = max_epochs
+        self.batch = batch
+        self.step = 0
+        """Optimizer steps taken."""
+        self.epoch = 0
+        """Epochs finished."""
+        self.samples = 0
+        """Samples over all ranks whose gradients are in a step taken."""
+        self.micro_step = 0
+        """Micro-batches since the last optimizer step; a loop that saves inside an accumulation counts them here."""
+        self.batch_history: list[tuple[int, int]] = []
+        """(step, samples per step): from this step on, until the next entry. Appended when it changes."""
+        self._history = history
+        self._settled: list[tuple[int, float]] = []
+        self._pending: list[tuple[int, torch.Tensor]] = []
+        self._best: float | None = None
+
+    def advance(self, loss: Any = None, samples: int | None = None) -> None:
+        """One more optimizer step. A tensor loss is kept as it is, without waiting for the device."""
+        count = samples if samples is not None else (self.batch.samples if self.batch is not None else None)
+        if count is not None and (type(count) is not int or count < 0):
+            raise ConfigError(f"TrainProgress.advance(samples={samples!r}): expected an int of at least 0")
+        kept = _kept_loss(loss)
+        if count is not None:
+            if not self.batch_history or self.batch_history[-1][1] != count:
+                self.batch_history.append((self.step, count))
+            self.samples += count
+        self.step += 1
+        self.micro_step = 0
+        if isinstance(kept, torch.Tensor):
+            self._pending.append((self.step, kept))
+            if len(self._pending) >= _PENDING_MAX:
+                self._settle()
+        elif kept is not None:
+            self._settle()
+            self._note(self.step, kept)
+
+    def finish_epoch(self) -> None:
+        """One more epoch is complete."""
+        self.epoch += 1
+
+    @property
+    def done(self) -> bool:
+        """A limit is reached."""
+        steps_done = self.max_steps is not None and self.step >= self.max_steps
+        return steps_done or (self.max_epochs is not None and self.epoch >= self.max_epochs)
+
+    @property
+    def loss_history(self) -> list[tuple[int, float]]:
+        """(step, loss) of the last steps, at most `history`. Waits for the device."""
+        self._settle()
+        return list(self._settled)
+
+    @property
+    def losses(self) -> list[float]:
+        """The losses of `loss_history`. Waits for the device."""
+        return [loss for _, loss in self.loss_history]
+
+    @property
+    def best_loss(self) -> float | None:
+        """The lowest loss so far that was a number. Waits for the device."""
+        self._settle()
+        return self._best
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counters and histories; waits for the device if losses lie there."""
+        self._settle()
+        batch = self.batch
+        return {
+            "step": self.step,
+            "epoch": self.epoch,
+            "samples": self.samples,
+            "micro_step": self.micro_step,
+            "best_loss": self._best,
+            "loss_history": [[step, loss] for step, loss in self._settled],
+            "batch_history": [[step, samples] for step, samples in self.batch_history],
+            "max_steps": self.max_steps,
+            "max_epochs": self.max_epochs,
+            "batch": None if batch is None else [batch.micro, batch.accumulation, batch.data_parallel],
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the counters and histories back; the limits and the batch stay the running job's."""
+        counters = {name: _counter(state_dict, name) for name in ("step", "epoch", "samples", "micro_step")}
+        losses = [(step, float(loss)) for step, loss in _pairs(state_dict, "loss_history", (int, float))]
+        batches = [(step, int(samples)) for step, samples in _pairs(state_dict, "batch_history", (int,))]
+        best = state_dict.get("best_loss")
+        if best is not None and type(best) is not float:
+            raise _damaged("best_loss", "a float or nothing", best)
+        for name, value in counters.items():
+            setattr(self, name, value)
+        self._pending = []
+        self._settled = losses[len(losses) - min(self._history, len(losses)) :]
+        self.batch_history = batches
+        self._best = best
+
+    def _settle(self) -> None:
+        if not self._pending:
+            return
+        steps, tensors = zip(*self._pending, strict=True)
+        self._pending = []
+        # One transfer for all losses of a device, not one synchronisation each.
+        places = {tensor.device for tensor in tensors}
+        values: dict[int, float] = {}
+        for place in places:
+            chosen = [i for i, tensor in enumerate(tensors) if tensor.device == place]
+            stacked = torch.stack([tensors[i].reshape(()).double() for i in chosen])
+            values.update(zip(chosen, stacked.tolist(), strict=True))
+        for i, step in enumerate(steps):
+            self._note(step, values[i])
+
+    def _note(self, step: int, loss: float) -> None:
+        self._settled.append((step, loss))
+        excess = len(self._settled) - self._history
+        if excess > 0:
+            del self._settled[:excess]
+        if not math.isnan(loss) and (self._best is None or loss < self._best):
+            self._best = loss
+
+
+def _kept_loss(loss: Any) -> torch.Tensor | float | None:
+    if loss is None:
+        return None
+    if isinstance(loss, torch.Tensor):
+        if isinstance(loss, DTensor):
+            if not all(placement.is_replicate() for placement in loss.placements):
+                raise ConfigError(
+                    f"TrainProgress.advance: the loss is a DTensor with placements {loss.placements}. "
+                    "Pass loss.full_tensor()"
+                )
+            loss = loss.to_local()
+        if loss.numel() != 1:
+            raise ConfigError(f"TrainProgress.advance: the loss has shape {tuple(loss.shape)}. Pass its mean")
+        # Cloned: a captured graph writes every step's loss into the same memory.
+        kept: torch.Tensor = loss.detach().clone()
+        return kept
+    try:
+        return float(loss)
+    except (TypeError, ValueError):
+        raise ConfigError(
+            f"TrainProgress.advance(loss={type(loss).__name__}): expected a number or a tensor of one element"
+        ) from None
+
+
+def _damaged(name: str, expected: str, found: object) -> CorruptCheckpointError:
+    return CorruptCheckpointError(
+        f"progress: field {name!r}: expected {expected}, found {found!r:.80}. Use an older checkpoint",
+        field=f"progress.{name}",
+        expected=expected,
+        found=f"{found!r:.80}",
+    )
+
+
+def _counter(record: dict[str, Any], name: str) -> int:
+    value = record.get(name)
+    if type(value) is not int or value < 0:
+        raise _damaged(name, "an int of at least 0", value)
+    return value
+
+
+def _pairs(record: dict[str, Any], name: str, kinds: tuple[type, ...]) -> list[tuple[int, Any]]:
+    value = record.get(name)
+    if not isinstance(value, list):
+        raise _damaged(name, "a list of pairs", value)
+    for pair in value:
+        if not isinstance(pair, list) or len(pair) != 2 or type(pair[0]) is not int or type(pair[1]) not in kinds:
+            raise _damaged(name, "pairs of a step and a number", pair)
+    return [(pair[0], pair[1]) for pair in value]

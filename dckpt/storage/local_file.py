@@ -1,0 +1,193 @@
+"""Reading and writing one file of a local or mounted file system."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import mmap
+import os
+from types import TracebackType
+
+from dckpt.errors import CorruptCheckpointError, StorageError
+from dckpt.storage.posix import CREATE_FLAGS, Posix, read_again, storage_error, translated
+
+logger = logging.getLogger(__name__)
+
+_DIRECT_ALIGNMENT = 4096
+_DIRECT_BUFFER_BYTES = 4 * 2**20
+
+
+class LocalWriter:
+    """A `FileWriter`. One failed call condemns the file: nothing is retried, `finish` is refused then."""
+
+    def __init__(self, posix: Posix, path: str) -> None:
+        self._posix = posix
+        self._path = path
+        self._is_condemned = False
+        with translated("create", path):
+            self._fd: int | None = posix.open(path, CREATE_FLAGS)
+
+    def write_at(self, offset: int, data: memoryview) -> None:
+        fd = self._usable_fd()
+        rest = data if data.format == "B" and data.ndim == 1 else data.cast("B")
+        try:
+            while rest:
+                written = self._posix.pwrite(fd, rest, offset)
+                if written == 0:
+                    raise OSError(errno.EIO, "the system wrote 0 bytes")
+                rest = rest[written:]
+                offset += written
+        except OSError as error:
+            self._is_condemned = True
+            raise storage_error(error, f"write at byte {offset:,} of", self._path) from error
+
+    def finish(self, size: int) -> None:
+        fd = self._usable_fd()
+        self._is_condemned = True
+        try:
+            with translated("finish", self._path):
+                found = self._posix.fstat(fd).st_size
+                if found < size:
+                    raise StorageError(
+                        f"Write {self._path}: expected {size:,} bytes, found {found:,}. Part of the file "
+                        "was never written; this attempt is given up.",
+                        key=self._path,
+                    )
+                if found > size:
+                    # Direct writes are whole blocks: the padding behind the last byte goes.
+                    self._posix.ftruncate(fd, size)
+            with translated("fsync", self._path):
+                # Once, on the descriptor that wrote. After a failure the kernel may mark the pages clean, and
+                # a second fsync would say yes to data that is nowhere.
+                self._posix.fsync(fd)
+        except StorageError:
+            self.abandon()
+            raise
+        self._fd = None
+        with translated("close", self._path):
+            self._posix.close(fd)
+
+    def abandon(self) -> None:
+        fd, self._fd = self._fd, None
+        if fd is None:
+            return
+        try:
+            self._posix.close(fd)
+        except OSError as error:
+            # The file is given up and will be deleted with its attempt, so the error changes nothing.
+            logger.warning("close abandoned %s: %s", self._path, error)
+
+    def _usable_fd(self) -> int:
+        if self._fd is None or self._is_condemned:
+            raise StorageError(
+                f"Write {self._path}: the file is closed, or an earlier write or fsync failed. It is never "
+                "retried: start a new attempt.",
+                key=self._path,
+            )
+        return self._fd
+
+
+class LocalReader:
+    """A `RangeReader`. With `direct_fd` each read goes around the page cache, where the file system can."""
+
+    def __init__(
+        self, posix: Posix, path: str, fd: int, *, uncached: bool = False, direct_fd: int | None = None
+    ) -> None:
+        self._posix = posix
+        self._path = path
+        self._fd: int | None = fd
+        self._is_uncached = uncached
+        self._direct_fd = direct_fd
+        self._is_direct = direct_fd is not None
+        with translated("stat", path):
+            self.size = posix.fstat(fd).st_size
+
+    def read_into(self, offset: int, target: memoryview) -> None:
+        view = target if target.format == "B" and target.ndim == 1 else target.cast("B")
+        if self._is_direct and self._read_direct(offset, view):
+            return
+        if self._is_uncached:
+            with translated("drop the cache of", self._path):
+                self._posix.forget_cached(self._open_fd())
+        self._read_plain(offset, view)
+
+    def close(self) -> None:
+        fds = [fd for fd in (self._fd, self._direct_fd) if fd is not None]
+        self._fd = self._direct_fd = None
+        for fd in fds:
+            with translated("close", self._path):
+                self._posix.close(fd)
+
+    def __enter__(self) -> LocalReader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _open_fd(self) -> int:
+        if self._fd is None:
+            raise StorageError(f"Read {self._path}: the reader is closed.", key=self._path)
+        return self._fd
+
+    def _read_plain(self, offset: int, view: memoryview) -> None:
+        fd, done = self._open_fd(), 0
+        while done < len(view):
+            with translated(f"read at byte {offset + done:,} of", self._path):
+                count = read_again(lambda: self._posix.pread_into(fd, view[done:], offset + done))  # noqa: B023 (called here)
+            if count == 0:
+                self._raise_short(offset + len(view), offset + done)
+            done += count
+
+    def _read_direct(self, offset: int, view: memoryview) -> bool:
+        """False if the file system takes no aligned direct reads after all: some say so only at the read."""
+        assert self._direct_fd is not None, "checked by the caller"
+        position, end = offset, offset + len(view)
+        # Anonymous shared pages: private ones that a fork copies while the device writes into them would be
+        # torn.
+        with mmap.mmap(-1, min(_DIRECT_BUFFER_BYTES, _round_up(len(view) + _DIRECT_ALIGNMENT))) as buffer:
+            while position < end:
+                begin = position - position % _DIRECT_ALIGNMENT
+                with memoryview(buffer) as whole, whole[: min(len(buffer), _round_up(end - begin))] as window:
+                    try:
+                        count = self._posix.pread_into(self._direct_fd, window, begin)
+                    except OSError as error:
+                        if error.errno == errno.EINVAL:
+                            self._is_direct = False
+                            return False
+                        raise storage_error(
+                            error, f"read directly at byte {begin:,} of", self._path
+                        ) from error
+                    useful_end = min(begin + count, end)
+                    if useful_end <= position:
+                        self._raise_short(end, begin + count)
+                    view[position - offset : useful_end - offset] = window[
+                        position - begin : useful_end - begin
+                    ]
+                    position = useful_end
+        return True
+
+    def _raise_short(self, expected: int, found: int) -> None:
+        raise CorruptCheckpointError(
+            f"{self._path}: expected at least {expected:,} bytes, found {found:,}. The file was cut short; "
+            "load an older step, and run `dckpt verify` to see the damage.",
+            key=self._path,
+            field="size",
+            expected=expected,
+            found=found,
+        )
+
+
+def _round_up(size: int) -> int:
+    return -(-size // _DIRECT_ALIGNMENT) * _DIRECT_ALIGNMENT
+
+
+def open_direct(posix: Posix, name: str, flags: int, dir_fd: int) -> int | None:
+    """A descriptor for reads around the page cache, or None where the file system has none."""
+    try:
+        return posix.open(name, flags | os.O_DIRECT, dir_fd=dir_fd)
+    except OSError as error:
+        if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
+            return None
+        raise

@@ -1,0 +1,104 @@
+"""Checks of a checkpoint's names: files that belong to nothing, names that lead nowhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from dckpt.errors import StorageError
+from dckpt.findings import Finding
+from dckpt.format.index import LayoutIndex
+from dckpt.format.layout import MANIFEST_NAME
+from dckpt.format.manifest import Manifest
+from dckpt.storage.base import Storage
+from dckpt.tools.damage import Damage
+
+DIRECTORIES_MAX = 64
+"""Directories looked into; a checkpoint has two, so more than this is not a checkpoint's doing."""
+
+
+def find_strays(storage: Storage, name: str, manifest: Manifest) -> Iterator[str]:
+    """Keys under the checkpoint that its manifest does not name, directories with a trailing slash."""
+    known = {f"{name}/{MANIFEST_NAME}"}
+    known.update(f"{name}/{entry.path}" for entry in manifest.files if entry.checkpoint is None)
+    parents = {key.rsplit("/", depth)[0] for key in known for depth in range(1, key.count("/") + 1)}
+    waiting = [name]
+    for _ in range(DIRECTORIES_MAX):
+        if not waiting:
+            return
+        directory = waiting.pop()
+        for entry in storage.list_dir(directory):
+            key = f"{directory}/{entry.name}"
+            if not entry.is_dir:
+                if key not in known:
+                    yield key
+            elif key in parents:
+                waiting.append(key)
+            else:
+                yield f"{key}/"
+
+
+def check_strays(storage: Storage, name: str, manifest: Manifest) -> tuple[list[Damage], list[Finding]]:
+    """Strays do not hurt dckpt, which reads what the manifest names. A foreign safetensors file in the
+    attempt does hurt stock readers, which take every file of that directory: that one is damage.
+    """
+    damages: list[Damage] = []
+    findings: list[Finding] = []
+    attempt = f"{name}/{manifest.attempt}/"
+    try:
+        for key in find_strays(storage, name, manifest):
+            if key.startswith(attempt) and key.endswith(".safetensors"):
+                what = "stray: the manifest does not name it, and stock safetensors readers would load it"
+                damages.append(Damage(file=key, what=what))
+            else:
+                findings.append(_stray_finding(key))
+    except StorageError as error:
+        damages.append(Damage(file=f"{name}/", what=error.message, is_unreadable=True))
+    return damages, findings
+
+
+def _stray_finding(key: str) -> Finding:
+    return Finding(
+        check="stray files",
+        severity="warning",
+        expected="only files that the manifest names",
+        found=key,
+        remedy="Find out who wrote it; dckpt does not read it.",
+        message=f"{key}: stray, the manifest does not name it.",
+    )
+
+
+def check_references(manifest: Manifest, index: LayoutIndex, *, key: str) -> list[Damage]:
+    """Every tensor that the manifest's values, aliases or per-rank records name must be in the index."""
+    return [
+        Damage(file=key, what=f"the index lacks {tensor}, which the manifest names as {role}", tensors=(tensor,))
+        for tensor, role in _named_tensors(manifest, index)
+        if tensor not in index and tensor not in manifest.rank_tensors
+    ]
+
+
+def _named_tensors(manifest: Manifest, index: LayoutIndex) -> Iterator[tuple[str, str]]:
+    for alias, tensor in manifest.aliases.items():
+        yield tensor, f"the tensor behind {alias}"
+    for tensor in _tensor_references(list(manifest.values.values())):
+        yield tensor, "part of a value"
+    # Only RNG is kept for every rank: other records may be of some ranks only.
+    if "rng" in manifest.rank_values:
+        for rank in range(manifest.world_size):
+            if f"rank.{rank}.values" not in index:
+                yield f"rank.{rank}.values.rng", f"the random streams of rank {rank}"
+    for name in manifest.rank_tensors:
+        records = [f"rank.{rank}.{name}" for rank in range(manifest.world_size)]
+        if not any(record in index for record in records):
+            yield records[0], f"a tensor that differs by rank ({name})"
+
+
+def _tensor_references(value: object) -> Iterator[str]:
+    if isinstance(value, dict):
+        if value.get("$t") == "tensor":
+            yield str(value.get("v"))
+            return
+        for item in value.values():
+            yield from _tensor_references(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _tensor_references(item)

@@ -1,0 +1,1 @@
+"""Text for people: records in, text out. No storage access."""

@@ -1,0 +1,338 @@
+"""Records as text for a terminal: colours on a terminal, plain text in a pipe. No storage access."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from dckpt.viz.units import (
+    format_age,
+    format_bytes,
+    format_count,
+    format_names,
+    format_number,
+    format_ranks,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+    from rich.table import Table
+
+    from dckpt.findings import Finding
+    from dckpt.viz.records import (
+        CheckpointReport,
+        ComponentRow,
+        DamageRow,
+        Details,
+        GenerationRow,
+        LeftoverRow,
+        Listing,
+        Plan,
+        Verification,
+    )
+
+PIPE_WIDTH = 200
+"""Columns when nobody says how wide the terminal is: a pipe has room for whole names."""
+
+_VERDICT_STYLES = {
+    "COMPLETE": "bold green",
+    "PARTIAL": "bold yellow",
+    "CORRUPT": "bold red",
+    "UNREADABLE": "bold red",
+}
+_STATE_STYLES = {"latest": "green", "superseded": "dim", "pinned": "cyan", "damaged manifest": "red"}
+
+
+def render_listing(listing: Listing, *, now_unix_s: float) -> str:
+    """`dckpt ls`: the table, then one line each on the line's start, damage and leftovers."""
+    return _render(lambda: _listing_parts(listing, now_unix_s))
+
+
+def render_details(details: Details, *, now_unix_s: float) -> str:
+    """`dckpt show`."""
+    return _render(lambda: _details_parts(details, now_unix_s))
+
+
+def render_verification(report: Verification) -> str:
+    """`dckpt verify`: each checkpoint's components, damages, findings and verdict."""
+    return _render(lambda: _verification_parts(report))
+
+
+def render_plan(plan: Plan) -> str:
+    """`dckpt prune`: what stays and why, what goes, and how many bytes that frees."""
+    return _render(lambda: _plan_parts(plan))
+
+
+def _render(parts: Callable[[], Iterable[RenderableType]]) -> str:
+    from rich.text import Text
+
+    console = _console()
+    with console.capture() as capture:
+        for part in parts():
+            # A sentence, a path or a command stays in one piece and is for the terminal to wrap; tables fold.
+            console.print(part, soft_wrap=isinstance(part, Text))
+    return capture.get()
+
+
+def _console() -> Console:
+    # rich is imported here and not above: it costs 60 ms, and `--json` needs none of it.
+    from rich.console import Console
+
+    is_terminal = sys.stdout.isatty()
+    width = shutil.get_terminal_size((PIPE_WIDTH, 24)).columns if is_terminal else PIPE_WIDTH
+    return Console(width=width, force_terminal=is_terminal, highlight=False, markup=False, emoji=False, soft_wrap=False)
+
+
+def _table(*columns: str, right: Sequence[str] = (), title: str | None = None) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, title=title, title_justify="left", title_style="bold", header_style="bold")
+    for column in columns:
+        is_right = column in right
+        table.add_column(column, justify="right" if is_right else "left", no_wrap=is_right, overflow="fold")
+    return table
+
+
+def _text(text: str, style: str = "") -> RenderableType:
+    from rich.text import Text
+
+    return Text(text, style=style)
+
+
+def _listing_parts(listing: Listing, now_unix_s: float) -> Iterable[RenderableType]:
+    yield _text(f"{listing.url}: {format_count(len(listing.checkpoints), 'checkpoint')}", "bold")
+    if listing.checkpoints:
+        yield _listing_table(listing, now_unix_s)
+    for row in listing.checkpoints:
+        if row.damage is not None:
+            yield _text(f"Damaged: {row.damage}", "red")
+    for note in listing.notes:
+        yield _text(note, "red")
+    if listing.line_generations:
+        yield _text(f"Line: {_describe_line(listing.line_generations)}.")
+    if listing.leftovers:
+        yield _text(_describe_leftovers(listing.leftovers))
+
+
+def _listing_table(listing: Listing, now_unix_s: float) -> Table:
+    from rich.text import Text
+
+    metrics = sorted({name for row in listing.checkpoints for name in row.metrics})
+    numbers = ("step", "gen", "saved", "size", "ranks")
+    table = _table(*numbers, "state", *metrics, right=(*numbers, *metrics))
+    for row in listing.checkpoints:
+        age = "?" if row.created_unix_s is None else format_age(now_unix_s - row.created_unix_s)
+        state = Text(", ").join(Text(name, style=_STATE_STYLES.get(name, "")) for name in row.states)
+        table.add_row(
+            f"{row.step}" if not row.micro_step else f"{row.step}+m{row.micro_step}",
+            str(row.generation),
+            age,
+            format_bytes(row.size_bytes),
+            "?" if row.world_size is None else str(row.world_size),
+            state,
+            *(format_number(row.metrics[name]) if name in row.metrics else "" for name in metrics),
+        )
+    return table
+
+
+def _describe_line(generations: Sequence[GenerationRow]) -> str:
+    """Newest first: `generation 3 (resume from step-..., 4 ranks) <- generation 1 (start, 2 ranks)`."""
+    return " <- ".join(_describe_generation(row) for row in generations)
+
+
+def _describe_generation(row: GenerationRow) -> str:
+    if row.damage is not None:
+        return f"generation {row.number} (its record cannot be read: {row.damage})"
+    origin = f" from {row.parent}" if row.parent else ""
+    return f"generation {row.number} ({row.reason}{origin}, {format_count(row.world_size or 0, 'rank')})"
+
+
+def _describe_leftovers(leftovers: Sequence[LeftoverRow]) -> str:
+    total = format_bytes(sum(row.size_bytes for row in leftovers))
+    oldest = format_age(max(row.age_s for row in leftovers))
+    count = format_count(len(leftovers), "attempt")
+    return (
+        f"Leftovers: {count} that never committed or are half deleted, {total}, "
+        f"the oldest touched {oldest}. `dckpt prune RUN --leftovers` removes those older than 24 h."
+    )
+
+
+def _details_parts(details: Details, now_unix_s: float) -> Iterable[RenderableType]:
+    yield _text(details.name, "bold")
+    yield _facts_grid(_identity(details, now_unix_s))
+    yield _text("")
+    yield _component_table(details.components)
+    for title, rows in (
+        ("values", [(row.name, row.summary) for row in details.values]),
+        (
+            "random streams",
+            [(row.stream, ", ".join(row.axes) or "equal on all ranks") for row in details.rng],
+        ),
+        ("metrics", [(name, format_number(value)) for name, value in details.metrics.items()]),
+        ("facts", [(name, json.dumps(value, ensure_ascii=False)) for name, value in details.facts.items()]),
+        (
+            "kept per rank",
+            [("values", format_names(tuple(details.rank_values)))] if details.rank_values else [],
+        ),
+        ("", [("tensors", format_names(tuple(details.rank_tensors)))] if details.rank_tensors else []),
+        ("tied tensors", list(details.aliases.items())),
+    ):
+        if rows:
+            yield from ([_text(""), _text(title, "bold")] if title else [])
+            yield _facts_grid(rows)
+    yield _text("")
+    files = _table("file", "kind", "rank", "size", "digest", right=("rank", "size"))
+    for file in details.files:
+        rank = "" if file.rank is None else str(file.rank)
+        files.add_row(file.path, file.kind, rank, format_bytes(file.size_bytes), file.digest)
+    yield files
+    if details.tensors is not None:
+        yield _text("")
+        tensors = _table("tensor", "dtype", "shape", "chunks", "files", right=("chunks",))
+        for tensor in details.tensors:
+            shape = str(list(tensor.shape))
+            tensors.add_row(tensor.name, tensor.dtype, shape, str(tensor.num_chunks), format_names(tuple(tensor.files)))
+        yield tensors
+
+
+def _identity(details: Details, now_unix_s: float) -> list[tuple[str, str]]:
+    step = "none: a stand-alone checkpoint" if details.step is None else str(details.step)
+    rows = [
+        ("in", details.url),
+        ("step", f"{step} + {details.micro_step} micro" if details.micro_step else step),
+    ]
+    if details.states:
+        rows.append(("state", ", ".join(details.states)))
+    rows.append(("saved", format_age(now_unix_s - details.created_unix_s)))
+    if details.run_id is not None:
+        rows.append(("run", details.run_id))
+    if details.lineage:
+        rows.append(("lineage", _describe_line(details.lineage)))
+    mesh = ", ".join(f"{axis}={size}" for axis, size in details.mesh.items())
+    rows += [
+        ("world size", f"{details.world_size} ({mesh})" if mesh else str(details.world_size)),
+        ("attempt", details.attempt),
+        (
+            "written by",
+            ", ".join(f"{name} {version}" for name, version in details.writer.items()) or "not said",
+        ),
+        (
+            "holds",
+            f"{format_count(details.num_tensors, 'tensor')}, {format_count(details.num_chunks, 'chunk')}, "
+            f"{format_count(len(details.files), 'file')}, {format_bytes(details.total_bytes)}",
+        ),
+    ]
+    return rows
+
+
+def _facts_grid(rows: Iterable[tuple[str, str]]) -> Table:
+    from rich.table import Table
+
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(no_wrap=True, style="dim")
+    grid.add_column(overflow="fold")
+    for name, value in rows:
+        grid.add_row(name, value)
+    return grid
+
+
+def _component_table(components: Sequence[ComponentRow]) -> Table:
+    from rich.text import Text
+
+    table = _table("component", "", "tensors", "bytes", "kept by", right=("tensors", "bytes"))
+    for row in components:
+        mark = Text("present", style="green") if row.is_present else Text("missing", style="yellow")
+        holder = row.consequence
+        if row.is_present:
+            holder = f"each of {format_count(row.num_ranks, 'rank')}" if row.num_ranks else "all ranks together"
+        tensors = f"{row.num_tensors:,}" if row.num_tensors else "-"
+        table.add_row(row.name, mark, tensors, format_bytes(row.num_bytes) if row.num_tensors else "-", holder)
+    return table
+
+
+def _verification_parts(report: Verification) -> Iterable[RenderableType]:
+    yield _text(report.url, "bold")
+    for checkpoint in report.checkpoints:
+        yield _text("")
+        yield from _checkpoint_parts(checkpoint)
+    if report.run_damages or report.run_findings:
+        yield _text("")
+        yield _text("The run's own records", "bold")
+        for damage in report.run_damages:
+            yield _text(f"  {_describe_damage(damage)}", "red")
+        for finding in report.run_findings:
+            yield _finding_line(finding)
+    if len(report.checkpoints) > 1 or report.run_damages:
+        yield _text("")
+        yield _text(f"Overall: {report.verdict}", _VERDICT_STYLES[report.verdict])
+
+
+def _checkpoint_parts(report: CheckpointReport) -> Iterable[RenderableType]:
+    yield _text(report.checkpoint, "bold")
+    if report.components:
+        yield _component_table(report.components)
+    for damage in report.damages:
+        yield _text(f"  {_describe_damage(damage)}", "red")
+    for finding in report.findings:
+        yield _finding_line(finding)
+    files = format_count(report.num_files, "file")
+    rate = f"{format_bytes(report.bytes_read)} of {files} in {report.duration_s:.1f} s"
+    scope = " --quick: tensor data was not read." if report.is_quick else ""
+    yield _text(f"{report.verdict}: {_describe_verdict(report)} Read {rate}.{scope}", _VERDICT_STYLES[report.verdict])
+
+
+def _describe_verdict(report: CheckpointReport) -> str:
+    if report.verdict == "CORRUPT":
+        tensors = len({name for damage in report.damages for name in damage.tensors})
+        lost = f", {format_count(tensors, 'tensor')} hit" if tensors else ""
+        return f"{format_count(len(report.damages), 'damage')}{lost}. Resume from another step."
+    if report.verdict == "UNREADABLE":
+        return "the storage failed; nothing is known to be damaged. Try again."
+    if report.verdict == "PARTIAL":
+        missing = [row.name for row in report.components if not row.is_present]
+        return f"every byte that is there is good; no {', no '.join(missing)}."
+    return "headers, sizes and records are good." if report.is_quick else "every byte is good and nothing is missing."
+
+
+def _finding_line(finding: Finding) -> RenderableType:
+    style = {"critical": "red", "warning": "yellow"}.get(finding.severity, "dim")
+    return _text(f"  {finding.severity}: {finding.message} {finding.remedy}", style)
+
+
+def _describe_damage(damage: DamageRow) -> str:
+    place = damage.file
+    if damage.begin is not None and damage.end is not None:
+        place += f", bytes {damage.begin:,}-{damage.end:,}"
+    text = f"{place}: {damage.what}"
+    if damage.ranks:
+        text += f"; written by {format_ranks(tuple(damage.ranks))}"
+    if damage.tensors:
+        text += f"; tensors: {format_names(tuple(damage.tensors))}"
+    return text
+
+
+def _plan_parts(plan: Plan) -> Iterable[RenderableType]:
+    from rich.text import Text
+
+    yield _text(plan.url, "bold")
+    table = _table("", "name", "size", "why", right=("size",))
+    for kept in plan.keep:
+        table.add_row(Text("keep", style="green"), kept.name, "", ", ".join(kept.reasons))
+    for removed in plan.remove:
+        table.add_row(Text("remove", style="red"), removed.name, format_bytes(removed.size_bytes), removed.reason)
+    for leftover in plan.leftovers:
+        age = format_age(leftover.age_s)
+        table.add_row(
+            Text("remove", style="red"),
+            leftover.name,
+            format_bytes(leftover.size_bytes),
+            f"{leftover.kind}, touched {age}",
+        )
+    yield table
+    if plan.remove or plan.leftovers:
+        yield _text(f"This frees {format_bytes(plan.freed_bytes)}.")
+    else:
+        yield _text("Nothing to remove.")

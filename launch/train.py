@@ -38,20 +38,22 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import dckpt
 
+HEAD = 64  # size of an attention head
+
 
 class Block(nn.Module):
     """Causal self-attention and a feed-forward layer, each behind a norm and around a residual."""
 
-    def __init__(self, width: int, heads: int, dropout: float) -> None:
+    def __init__(self, width: int, dropout: float) -> None:
         super().__init__()
-        self.heads, self.dropout = heads, dropout
+        self.dropout = dropout
         self.attention_norm, self.feed_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attention_in, self.attention_out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.feed_in, self.feed_out = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         drop = self.dropout if self.training else 0.0
-        heads = self.attention_in(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1)).transpose(1, 3)
+        heads = self.attention_in(self.attention_norm(x)).unflatten(-1, (3, -1, HEAD)).transpose(1, 3)
         mixed = F.scaled_dot_product_attention(*heads.unbind(2), dropout_p=drop, is_causal=True)
         x = x + F.dropout(self.attention_out(mixed.transpose(1, 2).flatten(2)), drop)
         return x + F.dropout(self.feed_out(F.gelu(self.feed_in(self.feed_norm(x)))), drop)
@@ -60,10 +62,10 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """A decoder over bytes; the output layer shares the embedding's weight."""
 
-    def __init__(self, *, layers: int, width: int, heads: int, context: int, dropout: float) -> None:
+    def __init__(self, *, layers: int, width: int, context: int, dropout: float) -> None:
         super().__init__()
         self.embedding, self.position = nn.Embedding(256, width), nn.Embedding(context, width)
-        self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(layers))
+        self.blocks = nn.ModuleList(Block(width, dropout) for _ in range(layers))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 256, bias=False)
         for embedding in (self.embedding, self.position):
             nn.init.normal_(embedding.weight, std=0.02)
@@ -147,8 +149,7 @@ def start_ranks(args: argparse.Namespace) -> tuple[int, int, torch.device]:
 
 def build_model(args: argparse.Namespace, rank: int, device: torch.device) -> nn.Module:
     torch.manual_seed(args.seed)  # the same weights on every rank, whatever their number
-    sizes = {"layers": args.layers, "width": args.width, "heads": args.heads, "context": args.context}
-    model = GPT(**sizes, dropout=args.dropout).to(device)
+    model = GPT(layers=args.layers, width=args.width, context=args.context, dropout=args.dropout).to(device)
     torch.manual_seed(args.seed + 1 + rank)  # from here on each rank draws its own dropout
     if args.compile:
         for block in model.blocks:
@@ -239,7 +240,8 @@ def train(args: argparse.Namespace, rank: int, world: int, device: torch.device)
         progress=progress,
     )
     every = dckpt.Every(steps=args.save_every)
-    retention = dckpt.Retention(last=args.keep, best=dckpt.Best("val_loss") if args.evaluate_every else None)
+    best = dckpt.Best("val_loss") if args.keep and args.evaluate_every else None
+    retention = dckpt.Retention(last=args.keep, best=best)  # without any rule all checkpoints stay
     log_file = args.log_file if rank == 0 else os.devnull
     with (
         dckpt.Checkpointer(args.checkpoint, save=every, retention=retention) as checkpointer,
@@ -283,8 +285,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--global-batch", type=int, default=24, help="samples per step over all ranks (default %(default)s)")
     add("--accumulation", type=int, default=2, help="micro-batches per step and rank (default %(default)s)")
     add("--layers", type=int, default=6)
-    add("--width", type=int, default=384)
-    add("--heads", type=int, default=6)
+    add("--width", type=int, default=384, help="a multiple of 64, the size of an attention head (default %(default)s)")
     add("--context", type=int, default=128, help="bytes per sample (default %(default)s)")
     add("--dropout", type=float, default=0.1)
     add("--lr", type=float, default=1e-3)

@@ -201,6 +201,5 @@ class Catalog:
             if len(existing) > _SHOWN_MAX:
                 shown += f" and {len(existing) - _SHOWN_MAX} older"
         return CheckpointNotFoundError(
-            f"Run {self._storage.url}: expected a checkpoint {what}, found {shown}. `dckpt ls` lists all of "
-            "them."
+            f"Run {self._storage.url}: expected a checkpoint {what}, found {shown}. `dckpt ls` lists all of them."
         )

@@ -19,9 +19,7 @@ class Line:
     notes: tuple[str, ...]
 
 
-def trace_line(
-    checkpoints: Collection[CheckpointId], newest: int, read_record: Callable[[int], Generation]
-) -> Line:
+def trace_line(checkpoints: Collection[CheckpointId], newest: int, read_record: Callable[[int], Generation]) -> Line:
     """Follows the parents from generation `newest` (0: none) down; FORMAT.md, section 9.
 
     A record that is missing or damaged ends the line there, with a note: what lies before it was continued by

@@ -41,9 +41,7 @@ def expire(storage: Storage, names: Iterable[str], *, generation: int | None = N
     wanted = list(dict.fromkeys(names))
     unknown = [name for name in wanted if parse_checkpoint_name(name) is None]
     if unknown:
-        raise ConfigError(
-            f"expire: expected names of checkpoints, found {unknown[0]!r}. `dckpt ls` lists them."
-        )
+        raise ConfigError(f"expire: expected names of checkpoints, found {unknown[0]!r}. `dckpt ls` lists them.")
     if not wanted:
         return []
     # What stays must be durable before anything goes: its committer may have died between the rename and the
@@ -141,9 +139,7 @@ def _kind_of(name: str) -> LeftoverKind | None:
 def _is_leftover(name: str) -> bool:
     directory, _, last = name.rpartition("/")
     kind = _kind_of(last)
-    return kind is not None and (
-        directory == "" or (directory in (GENERATIONS_DIR, PINS_DIR) and kind == "temporary")
-    )
+    return kind is not None and (directory == "" or (directory in (GENERATIONS_DIR, PINS_DIR) and kind == "temporary"))
 
 
 def _measure(storage: Storage, key: str, is_dir: bool) -> tuple[int, float]:

@@ -22,9 +22,7 @@ class Best:
 
     def __post_init__(self) -> None:
         if not self.metric:
-            raise ConfigError(
-                f"Best(metric={self.metric!r}): expected the name of a metric, such as 'val_loss'."
-            )
+            raise ConfigError(f"Best(metric={self.metric!r}): expected the name of a metric, such as 'val_loss'.")
         if self.mode not in ("min", "max"):
             raise ConfigError(f"Best(mode={self.mode!r}): expected 'min' (lower is better) or 'max'.")
         _ensure_count("Best(keep", self.keep)
@@ -48,9 +46,7 @@ class Retention:
             if value is not None:
                 _ensure_count(f"Retention({name}", value)
         if self.best is not None and not isinstance(self.best, Best):
-            raise ConfigError(
-                f"Retention(best={self.best!r}): expected dckpt.Best('val_loss'), found something else."
-            )
+            raise ConfigError(f"Retention(best={self.best!r}): expected dckpt.Best('val_loss'), found something else.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +114,4 @@ def _best(line: Sequence[Candidate], best: Best) -> list[int]:
 
 def _ensure_count(what: str, value: object) -> None:
     if type(value) is not int or value < 1:
-        raise ConfigError(
-            f"{what}={value!r}): expected a whole number of at least 1. None switches the rule off."
-        )
+        raise ConfigError(f"{what}={value!r}): expected a whole number of at least 1. None switches the rule off.")

@@ -16,6 +16,9 @@ RECORD_BYTES_MAX = 2**30
 # Parts whose per-rank difference has a defined answer on another number of ranks: rank 0's value, said in the report.
 CARRIED_PARTS = ("model", "ema")
 
+# Losses that were not reduced differ by rank; the counters beside them are compared when the save is planned.
+CARRIED_VALUES = ("progress",)
+
 
 class SavedState:
     """The view that `TrainState.plan_restore` takes. Reads this rank's records when made, tensors never."""
@@ -83,7 +86,7 @@ class SavedState:
         """What differed by rank and cannot be carried over to another mesh, among the parts that are wanted."""
         if self.is_same_mesh:
             return []
-        names = [name for name in self.manifest.rank_values if name != RNG]
+        names = [name for name in self.manifest.rank_values if name not in (RNG, *CARRIED_VALUES)]
         names += [n for n in self._rank_tensors if self._part_of(n) not in CARRIED_PARTS]
         return [
             f"{name}: differed between the {self.world_size} ranks that saved it, so it has no meaning on another mesh; "

@@ -14,8 +14,8 @@ from dckpt.format.refusal import corrupt, shown
 JsonValue: TypeAlias = "bool | int | float | str | list[JsonValue] | dict[str, JsonValue] | None"
 
 JSON_DEPTH_MAX = 256
-JSON_CONTAINERS_MAX = 4_000_000
-"""Bytes `[` and `{` in one text. A container costs Python up to 80 bytes: this bounds a parse's memory."""
+JSON_BYTES_PER_CONTAINER = 16
+"""A text has at most one `[` or `{` per so many bytes of its limit: containers are what makes a parse use memory."""
 INT_LIMIT = 2**63
 
 _SEAL_HEAD = b',"sha256":"'
@@ -94,8 +94,9 @@ def load_json(data: bytes | bytearray | memoryview, *, key: str, limit: int) -> 
     if len(data) > limit:
         raise corrupt(key, "size", f"at most {limit} bytes", f"{len(data)} bytes")
     num_containers = data.count(b"[") + data.count(b"{")
-    if num_containers > JSON_CONTAINERS_MAX:
-        raise corrupt(key, "JSON", f"at most {JSON_CONTAINERS_MAX} arrays and objects", str(num_containers))
+    if num_containers > limit // JSON_BYTES_PER_CONTAINER:
+        expected = f"at most {limit // JSON_BYTES_PER_CONTAINER} arrays and objects"
+        raise corrupt(key, "JSON", expected, str(num_containers))
     try:
         text = data.decode("utf-8")
         found = json.loads(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 from dckpt.errors import ConfigError
@@ -85,11 +84,11 @@ def plan_shard_file(file: str, tensors: Sequence[ShardTensor]) -> ShardFilePlan:
     ordered = sorted(tensors, key=lambda tensor: (-DTYPES.get(tensor.dtype, 0), tensor.name))
     for tensor in ordered:
         _ensure_storable(file, tensor)
-    for before, after in pairwise(ordered):
-        if before.name == after.name:
-            raise ConfigError(f"Shard file {file}: tensor {before.name} twice. Put its second chunk into another file.")
-    if len({tensor.name for tensor in ordered}) != len(ordered):
-        raise ConfigError(f"Shard file {file}: one tensor name with two dtypes. Give the tensors different names.")
+    names: set[str] = set()
+    for tensor in ordered:
+        if tensor.name in names:
+            raise ConfigError(f"Shard file {file}: tensor {tensor.name} twice. Use one file for each of its chunks.")
+        names.add(tensor.name)
     relative = [0]
     for tensor in ordered:
         relative.append(relative[-1] + tensor.nbytes)
@@ -195,7 +194,7 @@ def parse_shard_header(prefix: bytes, *, file_bytes: int, key: str) -> ShardHead
     end = 0
     for begin, next_end, name, _ in rows:
         if begin != end:
-            raise corrupt(key, f"header.{shown(name)}", f"data to begin at {end}, without gap or overlap", str(begin))
+            raise corrupt(key, f"header.{name}", f"data to begin at {end}, without gap or overlap", str(begin))
         end = next_end
     if data_begin + end != file_bytes:
         raise corrupt(key, "size", f"{data_begin + end} bytes, as the header says", f"{file_bytes} bytes")

@@ -106,7 +106,7 @@ def _encode(value: Any, path: str, depth: int) -> JsonValue:
 def _remedy(value: Any) -> str:
     if isinstance(value, tuple) and hasattr(value, "_asdict"):
         return "Store value._asdict(), and rebuild the named tuple after loading."
-    if hasattr(value, "state_dict"):
+    if hasattr(value, "state_dict") and not isinstance(value, type):
         return "Store its state_dict()."
     if callable(value):
         return "Code is never stored: store the name or the arguments from which you can rebuild it."

@@ -15,7 +15,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
@@ -46,8 +46,6 @@ SESSIONS_OPEN_MAX = 64  # of each kind; beyond that the oldest is forgotten even
 IDS_REMEMBERED = 1024
 
 _TOKEN_KEY = "token"  # tells our server from another one at a stale address; it guards nothing
-_scopes: dict[str, int] = {}
-_scopes_lock = threading.Lock()
 
 
 class Coordination:
@@ -82,13 +80,15 @@ class Coordination:
             raise ConfigError(f"deadline_s is {deadline_s}: expected a positive number of seconds")
         if topology.world_size == 1:
             return cls(LocalLink(), topology, deadline_s)
-        store = _default_store()
-        rendezvous = _Rendezvous(store, scope, group, deadline_s)
-        if topology.is_coordinator:
+        rendezvous = _Rendezvous(_default_store(), topology, scope, group, deadline_s)
+        try:
+            if not topology.is_coordinator:
+                return cls(rendezvous.join(), topology, deadline_s)
             server = rendezvous.serve()
             link = StoreLink(lambda: _client(LOCALHOST, server.port, deadline_s))
             return cls(link, topology, deadline_s, server)
-        return cls(rendezvous.join(), topology, deadline_s)
+        finally:
+            rendezvous.close()
 
     def session(
         self,
@@ -230,13 +230,16 @@ class Coordination:
 class _Rendezvous:
     """How the ranks find rank 0's server: its address under one key in the default process group's store."""
 
-    def __init__(self, store: RawStore, scope: str, group: dist.ProcessGroup | None, deadline_s: float) -> None:
+    def __init__(
+        self, store: RawStore, topology: Topology, scope: str, group: dist.ProcessGroup | None, deadline_s: float
+    ) -> None:
         self._store = store
+        self._link = StoreLink(lambda: store)
         self._scope, self._group, self._deadline_s = scope, group, deadline_s
-        name = scope if group is None else f"{scope}/{group.group_name}"
-        with _scopes_lock:
-            use = _scopes[name] = _scopes.get(name, 0) + 1
-        self._key = f"dckpt/{name}/{use}/address"
+        self._prefix = f"dckpt/{scope}" if group is None else f"dckpt/{scope}/{group.group_name}"
+        # Counted in the store itself: a process that joins a new process group starts anew with everyone else.
+        self._uses_key = f"{self._prefix}/uses/{topology.rank}"
+        self._key = f"{self._prefix}/{self._ask(lambda found: found.add(self._uses_key, 1))}/address"
 
     def serve(self) -> Any:
         """Rank 0: starts the server and publishes where it is; a failure is published too."""
@@ -267,13 +270,23 @@ class _Rendezvous:
 
     def _publish(self, record: dict[str, Any]) -> None:
         text = json.dumps(record)
-        link = StoreLink(lambda: self._store)
+        self._ask(lambda store: store.set(self._key, text))
+
+    def _ask(self, operation: Callable[[RawStore], T]) -> T:
         try:
-            link.call(lambda store: store.set(self._key, text), self._deadline_s)
+            return self._link.call(operation, self._deadline_s)
         except (ContactLostError, NoAnswerError) as error:
-            self._raise_unreachable(error)
-        finally:
-            link.close(0.0)
+            raise PeerFailedError(
+                f"Checkpointer for {self._scope}: the process group's store does not answer: {error}. "
+                "Its process (rank 0 or the launcher) ended, or the network failed.",
+                rank=0,
+                phase="connect",
+                cause="ConnectionLost",
+            ) from None
+
+    def close(self) -> None:
+        """The default store is needed no more; its client stays the process group's."""
+        self._link.close()
 
     def join(self) -> StoreLink:
         """Another rank: waits for the address and connects to the first host that answers with the right token."""
@@ -304,37 +317,24 @@ class _Rendezvous:
         )
 
     def _await_address(self) -> dict[str, Any]:
-        link = StoreLink(lambda: self._store)
         found: list[bytes] = []
 
         def look() -> bool:
-            value = link.call(lambda store: _get(store, self._key), self._deadline_s)
+            value = self._ask(lambda store: _get(store, self._key))
             found.extend([] if value is None else [value])
             return bool(found)
 
-        try:
-            if not poll(look, self._deadline_s, slowest_s=0.1):
-                raise CoordinationTimeoutError(
-                    f"Checkpointer for {self._scope}: rank 0 did not create a Checkpointer for it within "
-                    f"{self._deadline_s:g} s; every rank must create it.",
-                    ranks=[0],
-                    phase="connect",
-                )
-        except (ContactLostError, NoAnswerError) as error:
-            self._raise_unreachable(error)
-        finally:
-            link.close(0.0)
+        if not poll(look, self._deadline_s, slowest_s=0.1):
+            # Rank 0 has not used this number: a later attempt meets it there.
+            self._ask(lambda store: store.add(self._uses_key, -1))
+            raise CoordinationTimeoutError(
+                f"Checkpointer for {self._scope}: rank 0 did not create a Checkpointer for it within "
+                f"{self._deadline_s:g} s; every rank must create it.",
+                ranks=[0],
+                phase="connect",
+            )
         record: dict[str, Any] = json.loads(found[0])
         return record
-
-    def _raise_unreachable(self, error: Exception) -> NoReturn:
-        raise PeerFailedError(
-            f"Checkpointer for {self._scope}: the process group's store does not answer: {error}. "
-            "Its process (rank 0 or the launcher) ended, or the network failed.",
-            rank=0,
-            phase="connect",
-            cause="ConnectionLost",
-        ) from None
 
     def _store_host(self) -> str | None:
         """Where the default store's server runs: rank 0's node, when the group's rank 0 is the job's rank 0."""

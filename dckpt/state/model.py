@@ -174,12 +174,8 @@ def plan_module(
         if source is None:
             planner.missing(entry.name, f"in the {what}, not in the checkpoint")
         elif entry.is_derived:
-            target = planner.fetch(source, live=entry.tensor.detach(), in_place=False)
-            if tuple(target.shape) != tuple(entry.tensor.shape):
-                planner.differ(
-                    f"{entry.name}: shape {tuple(target.shape)} in the checkpoint, {tuple(entry.tensor.shape)} live"
-                )
-            replaced[entry.key] = target
+            if planner.fits(source, entry.tensor, label=entry.name):
+                replaced[entry.key] = planner.fetch(source, live=entry.tensor.detach(), in_place=False)
         else:
             planner.into(source, entry.tensor, label=entry.name)
     _plan_ties(state, planner)

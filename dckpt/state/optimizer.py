@@ -143,25 +143,26 @@ def _capture_states(state: OptimizerState) -> tuple[list[dict[str, Any]], list[N
             for relative, tensor in flat.tensors.items():
                 name = f"{state.prefix}.{fqn}.{relative}"
                 ensure_storable(tensor, name=name)
-                layout[relative] = _layout(tensor, param).to_json()
-                tensors.append(NamedTensor(name, tensor, _replication(tensor, param, state)))
+                layout[relative] = _layout(relative, tensor, param).to_json()
+                tensors.append(NamedTensor(name, tensor, _replication(relative, tensor, param, state)))
             encoded = json.dumps([encode_value(flat.tree, path=path), layout])
             template = templates.setdefault(encoded, {"params": [], "tree": flat.tree, "layout": layout})
             template["params"].append(fqn)
     return list(templates.values()), tensors
 
 
-def _replication(tensor: torch.Tensor, param: torch.Tensor, state: OptimizerState) -> Replication:
+def _replication(relative: str, tensor: torch.Tensor, param: torch.Tensor, state: OptimizerState) -> Replication:
     if isinstance(tensor, DTensor):
         return "sharded"
-    if id(param) in state.replicated and _is_like(tensor, param):
+    if id(param) in state.replicated and _is_like(relative, tensor, param):
         return "trusted"
     return "checked"
 
 
-def _is_like(tensor: torch.Tensor, param: torch.Tensor) -> bool:
+def _is_like(relative: str, tensor: torch.Tensor, param: torch.Tensor) -> bool:
     # A counter is no moment, even of a parameter that is itself a scalar.
-    return tensor.ndim > 0 and tensor.shape == param.shape and isinstance(tensor, DTensor) == isinstance(param, DTensor)
+    is_counter = tensor.ndim == 0 and relative.rpartition(".")[2] == "step"
+    return not is_counter and tensor.shape == param.shape and isinstance(tensor, DTensor) == isinstance(param, DTensor)
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,11 +185,12 @@ class Layout:
         return {"like": self.like, "device": self.device, "placements": placements, "beside": self.beside}
 
 
-def _layout(tensor: torch.Tensor, param: torch.Tensor) -> Layout:
+def _layout(relative: str, tensor: torch.Tensor, param: torch.Tensor) -> Layout:
+    like = _is_like(relative, tensor, param)
     on, home = tensor.device.type, param.device.type
     device = "any" if on == home == "cpu" else "cpu" if on == "cpu" else "param"
     placements = tuple(_placement_name(p) for p in tensor.placements) if isinstance(tensor, DTensor) else None
-    return Layout(_is_like(tensor, param), device, placements, "dtensor" if isinstance(param, DTensor) else "plain")
+    return Layout(like, device, placements, "dtensor" if isinstance(param, DTensor) else "plain")
 
 
 def _placement_name(placement: Placement) -> str:
@@ -405,7 +407,7 @@ def _allocate(
     param = param.detach()
     if record.like:
         return torch.empty_like(param, dtype=dtype)
-    if isinstance(param, DTensor) and shape and (record.placements is not None or record.beside == "plain"):
+    if isinstance(param, DTensor) and (record.placements is not None or (shape and record.beside == "plain")):
         # What an optimizer derives from a DTensor gradient is a DTensor; saved beside a plain parameter it was plain.
         return _empty_dtensor(shape, dtype, param, record.placements or ())
     local = param.to_local() if isinstance(param, DTensor) else param

@@ -93,25 +93,32 @@ class Planner:
 
     # Reads.
 
-    def into(self, saved_name: str, live: torch.Tensor, *, label: str) -> None:
-        """Read a saved tensor into a live one; a difference in shape or dtype is noted instead."""
+    def fits(self, saved_name: str, live: torch.Tensor, *, label: str) -> bool:
+        """Whether a saved tensor may go into a live one; a difference in shape or dtype is noted."""
         self._consumed.add(saved_name)
         found = self.saved.get(saved_name)
         if found is None:
             self.differ(f"{label}: its values name the tensor {saved_name!r}, which the checkpoint does not hold")
-            return
+            return False
         dtype, shape = found
         ensure_storable(live, name=label)
         if tuple(shape) != tuple(live.shape):
             self.differ(f"{label}: shape {tuple(shape)} in the checkpoint, {tuple(live.shape)} live")
-            return
+            return False
         live_dtype = DTYPE_NAMES[live.dtype]
-        target = live.detach()
-        if dtype == live_dtype:
-            self.plan.reads.append((saved_name, target))
-            return
-        if self._cast != "allow":
+        if dtype != live_dtype and self._cast != "allow":
             self.differ(f"{label}: dtype {dtype} in the checkpoint, {live_dtype} live; cast='allow' would convert it")
+            return False
+        return True
+
+    def into(self, saved_name: str, live: torch.Tensor, *, label: str) -> None:
+        """Read a saved tensor into a live one, or note why not."""
+        if not self.fits(saved_name, live, label=label):
+            return
+        dtype = self.saved[saved_name][0]
+        target = live.detach()
+        if dtype == DTYPE_NAMES[live.dtype]:
+            self.plan.reads.append((saved_name, target))
             return
         source = torch.empty_like(target, dtype=self._torch_dtype(dtype, label))
         self.plan.reads.append((saved_name, source))

@@ -35,9 +35,7 @@ from dckpt.storage.posix import DIRECTORY_FLAGS, READ_FLAGS, Posix, read_again, 
 logger = logging.getLogger(__name__)
 
 # What link(2) says where the file system has no hard links.
-_LINK_REFUSED = frozenset(
-    (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EINVAL)
-)
+_LINK_REFUSED = frozenset((errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EINVAL))
 
 # Errors after which rename(2) has certainly not happened. EIO, ETIMEDOUT and the like are not among them: a
 # soft NFS mount answers so for a request that the server may still carry out.
@@ -211,9 +209,7 @@ class LocalStorage:
         if self._is_taken(target):
             raise self._taken(target)
         try:
-            self._posix.rename(
-                source, target
-            )  # THE COMMIT POINT. Every byte and name below it is durable already.
+            self._posix.rename(source, target)  # THE COMMIT POINT. Every byte and name below it is durable already.
         except OSError as error:
             self._judge_rename(error, staging, checkpoint, manifest)
         failpoint.reach("after_rename")
@@ -356,8 +352,9 @@ class LocalStorage:
             try:
                 for part in key.split("/")[:-1]:
                     deeper = self._posix.open(part, DIRECTORY_FLAGS | os.O_NOFOLLOW, dir_fd=directory)
-                    self._posix.close(directory)
-                    directory = deeper
+                    # In this order: a failed close has closed all the same, and a second one could hit another's file.
+                    directory, above = deeper, directory
+                    self._posix.close(above)
                 yield directory
             finally:
                 self._posix.close(directory)

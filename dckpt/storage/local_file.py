@@ -156,15 +156,11 @@ class LocalReader:
                         if error.errno == errno.EINVAL:
                             self._is_direct = False
                             return False
-                        raise storage_error(
-                            error, f"read directly at byte {begin:,} of", self._path
-                        ) from error
+                        raise storage_error(error, f"read directly at byte {begin:,} of", self._path) from error
                     useful_end = min(begin + count, end)
                     if useful_end <= position:
                         self._raise_short(end, begin + count)
-                    view[position - offset : useful_end - offset] = window[
-                        position - begin : useful_end - begin
-                    ]
+                    view[position - offset : useful_end - offset] = window[position - begin : useful_end - begin]
                     position = useful_end
         return True
 

@@ -29,12 +29,7 @@ def open_storage(url: str | os.PathLike[str]) -> Storage:
             "version of dckpt stores checkpoints on file systems; mount the store, or give a path."
         )
     parts = urlsplit(text)
-    if (
-        parts.netloc not in ("", "localhost")
-        or not parts.path.startswith("/")
-        or parts.query
-        or parts.fragment
-    ):
+    if parts.netloc not in ("", "localhost") or not parts.path.startswith("/") or parts.query or parts.fragment:
         raise ConfigError(
             f"Storage URL {text!r}: expected file:///absolute/path (three slashes, '?' and '#' written as "
             f"%3F and %23), found host {parts.netloc!r} and path {parts.path!r}."

@@ -84,8 +84,8 @@ def list_components(manifest: Manifest, tensors: Iterable[tuple[str, str, tuple[
 
 
 def is_training_state(manifest: Manifest) -> bool:
-    """Whether the writer said which parts it saved; a plain `dcp.save` does not: then nothing is missing."""
-    return bool(manifest.parts)
+    """Whether the writer was given a `TrainState`. What `dcp.save` was handed, nobody can call incomplete."""
+    return bool(manifest.parts) and manifest.planner_data is None
 
 
 def missing_components(components: Iterable[Component]) -> tuple[Component, ...]:

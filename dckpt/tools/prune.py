@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from dckpt.catalog.catalog import Catalog
@@ -66,12 +66,21 @@ class PrunePlan:
 
 
 def plan_prune(storage: Storage, request: PruneRequest, *, now_unix_s: float) -> PrunePlan:
-    """Reads only. The newest of the line and pinned checkpoints always stay."""
+    """Reads only. The newest of the line and pinned checkpoints always stay.
+
+    `CorruptCheckpointError` if superseded steps shall go and a damaged record hides which ones they are.
+    """
     catalog = Catalog(storage)
-    line = catalog.line()
+    traced = catalog.trace()
+    if traced.notes and request.superseded:
+        # What hangs behind a damaged record looks superseded and may be the line's own past.
+        raise CorruptCheckpointError(
+            f"Run {storage.url}: expected a line that can be followed before superseded steps are removed, found: "
+            f"{' '.join(traced.notes)} Restore the record, or prune without --superseded."
+        )
     pins = catalog.pins()
-    keep, remove = _plan_line(storage, line, pins, request.retention)
-    for checkpoint in sorted(catalog.superseded(), reverse=True):
+    keep, remove = _plan_line(storage, traced.on_line, pins, request.retention)
+    for checkpoint in reversed(traced.superseded):
         if checkpoint.name in pins:
             keep.append(KeepRow(checkpoint.name, ("pinned", "superseded")))
         elif request.superseded:
@@ -93,7 +102,7 @@ def apply_prune(storage: Storage, plan: PrunePlan) -> None:
 
 
 def _plan_line(
-    storage: Storage, line: list[CheckpointId], pins: Collection[str], retention: Retention | None
+    storage: Storage, line: Sequence[CheckpointId], pins: Collection[str], retention: Retention | None
 ) -> tuple[list[KeepRow], list[RemoveRow]]:
     if retention is None:
         return [KeepRow(checkpoint.name, ("on the line, no policy given",)) for checkpoint in line], []

@@ -50,7 +50,9 @@ def open_target(text: str) -> Target:
         return Target(storage, is_run=True, checkpoint=Catalog(storage).resolve(choice).name)
     storage = open_storage(text)
     entries = _list_root(storage)
-    if any(entry.name == MANIFEST_NAME for entry in entries):
+    # By its name too: a checkpoint that lost its manifest must be reported as such, not as a mistyped path.
+    has_name = parse_checkpoint_name(storage.url.rpartition("/")[2]) is not None
+    if has_name or any(entry.name == MANIFEST_NAME for entry in entries):
         return _open_checkpoint(storage)
     if _is_run(entries):
         return Target(storage, is_run=True, checkpoint=None)

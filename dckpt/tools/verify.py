@@ -217,7 +217,7 @@ class _Check:
         elif scan.size > shard.size and end == scan.size:
             what = f"too long: expected {shard.size:,} bytes, found {scan.size:,}"
         else:
-            what = f"{extents.describe(begin, end)} differs from its checksums"
+            what = f"{extents.describe(begin, end)}: these bytes differ from their checksums"
         return Damage(scan.key, what, begin, end, ranks_of(shard), extents.names_in(begin, end))
 
     def _check_quickly(self, shard: FileEntry) -> None:
@@ -297,10 +297,10 @@ def _missing_findings(manifest: Manifest | None, components: Sequence[Component]
         yield Finding(
             check="completeness",
             severity="not checked",
-            expected="a list of parts in the manifest",
-            found="none: it was written by plain dcp.save or dckpt.save",
+            expected="a checkpoint of a TrainState",
+            found="one that was written through the DCP plug-in",
             remedy="Compare the components with what the training needs.",
-            message="The writer did not say which parts belong to the training state.",
+            message="Written through the DCP plug-in, which is not told what belongs to the training state.",
         )
         return
     for component in missing_components(components):

@@ -74,7 +74,8 @@ def _render(parts: Callable[[], Iterable[RenderableType]]) -> str:
         for part in parts():
             # A sentence, a path or a command stays in one piece and is for the terminal to wrap; tables fold.
             console.print(part, soft_wrap=isinstance(part, Text))
-    return capture.get()
+    # Tables are padded to their full width; in a pipe or a pasted report those blanks only hurt.
+    return "".join(f"{line.rstrip()}\n" for line in capture.get().splitlines())
 
 
 def _console() -> Console:
@@ -294,7 +295,10 @@ def _describe_verdict(report: CheckpointReport) -> str:
     if report.verdict == "PARTIAL":
         missing = [row.name for row in report.components if not row.is_present]
         return f"every byte that is there is good; no {', no '.join(missing)}."
-    return "headers, sizes and records are good." if report.is_quick else "every byte is good and nothing is missing."
+    good = "headers, sizes and records are good" if report.is_quick else "every byte is good"
+    # "Not checked" is no pass: without a list of parts nobody can say that nothing is missing.
+    is_unsure = any(finding.severity == "not checked" for finding in report.findings)
+    return f"{good}." if is_unsure else f"{good} and nothing is missing."
 
 
 def _finding_line(finding: Finding) -> RenderableType:

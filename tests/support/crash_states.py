@@ -1,8 +1,8 @@
 """Every state of the disk that a power loss may leave, from recorded operations. The model is weaker than ext4 and XFS.
 
-* Names: a change of directories is on the disk once one of them was synced. Of the others any subset is (`weak`), or, as
-  with a journal, any prefix in the order in which they were made (`ordered`). In `nodes` a sync covers only the changes
-  that the same client made, as on a shared file system whose clients cache.
+* Names: a change of directories is on the disk once one of them was synced. Of the others any subset is
+(`weak`), or, as with a journal, any prefix in the order in which they were made (`ordered`). In `nodes` a
+sync covers only the changes that the same client made, as on a shared file system whose clients cache.
 * Data: after a file's last sync, the bytes written since then are there, not there, there by half, or zeros.
 """
 
@@ -47,6 +47,9 @@ class Explorer:
         self._operations = operations
         self._check = check
         self._seen: dict[frozenset[tuple[str, bytes]], tuple[frozenset[Hashable], tuple[str, ...]]] = {}
+        self._directories = frozenset(
+            op.makes_dir for op in operations if isinstance(op, NameChange) and op.makes_dir is not None
+        )
         self.num_states = 0
 
     @property
@@ -82,7 +85,7 @@ class Explorer:
         changes = [(place, op) for place, op in enumerate(done) if isinstance(op, NameChange)]
         variants = _file_variants(done)
         for chosen in _choices(done, changes, model):
-            paths = _walk(chosen)
+            paths = _walk(chosen, self._directories)
             inodes = sorted({inode for inode in paths.values() if inode in variants})
             for contents in itertools.product(*(variants[inode] for inode in inodes)):
                 self.num_states += 1
@@ -140,7 +143,7 @@ def _file_variants(done: Sequence[Operation]) -> dict[Inode, list[bytes]]:
     return variants
 
 
-def _walk(changes: Sequence[NameChange]) -> dict[str, Inode]:
+def _walk(changes: Sequence[NameChange], directories: frozenset[Inode]) -> dict[str, Inode]:
     tables: dict[Inode, dict[str, Inode]] = {}
     for change in changes:
         for directory, name, inode in change.changes:
@@ -153,10 +156,11 @@ def _walk(changes: Sequence[NameChange]) -> dict[str, Inode]:
     while rest:
         prefix, directory = rest.pop()
         for name, inode in tables.get(directory, {}).items():
-            path = f"{prefix}{name}"
-            if inode in paths.values() and inode in tables:
-                continue  # A directory under two names, from a rename of which half is lost, is followed once.
-            paths[path] = inode
-            if inode in tables:
-                rest.append((f"{path}/", inode))
+            if inode in directories:
+                # A directory can have two names here: of two renames only the second may have reached the
+                # disk.
+                paths[f"{prefix}{name}/"] = inode
+                rest.append((f"{prefix}{name}/", inode))
+            else:
+                paths[f"{prefix}{name}"] = inode
     return paths

@@ -1,4 +1,4 @@
-"""A `Posix` that carries every call out and writes down what it changed, for replaying crashes and for failing calls."""
+"""Two kinds of `Posix`: one writes down what every call changed, one fails a chosen call."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ class NameChange:
 
     changes: tuple[tuple[Inode, str, Inode | None], ...]
     client: int
+    makes_dir: Inode | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,22 +61,29 @@ Operation = NameChange | Write | Sync | Promise
 _PACKAGE = f"{os.sep}dckpt{os.sep}"
 
 
-def _site(role: str) -> str:
+# A call of these promises durability by itself; whoever calls it does not matter. `sync_dir` is what its
+# caller makes of it.
+_PROMISES = ("create", "ensure_root", "publish", "stage_manifest", "discard")
+
+
+def _site(role: str, client: int) -> str:
     frame, names = sys._getframe(2), []
     while frame is not None:
         code = frame.f_code
         if _PACKAGE in code.co_filename:
             module = os.path.basename(code.co_filename).removesuffix(".py")
-            names.append(f"{module}.{code.co_name}")
+            names.append(f"{module}.{code.co_name}:{frame.f_lineno}")
+            if module == "local" and code.co_name in _PROMISES:
+                break
         frame = frame.f_back
     role = re.sub(r"[0-9a-f]{32}", "*", role)
     role = re.sub(r"step-\d+\.g\d+", "<checkpoint>", re.sub(r"\d{6}\.json", "<n>.json", role))
-    return f"{role} | {' < '.join(names)}"
+    return f"client {client}: {role} | {' < '.join(names)}"
 
 
 @dataclass
 class RecordingPosix(Posix):
-    """Records below `base`. `client` says which node acts; a call for which `dies_before` is true kills the process."""
+    """Records below `base`. `client` says which node acts; a call for which `dies_before` holds is not made."""
 
     base: str
     operations: list[Operation] = field(default_factory=list)
@@ -87,6 +95,8 @@ class RecordingPosix(Posix):
         self._next: Inode = 1
         self._fds: dict[int, tuple[Inode, str]] = {}
         self._is_dead = False
+        self.calls: list[tuple[str, str]] = []
+        """Every call that changes something or syncs: what it is, and the path below `base`."""
 
     def acknowledge(self, *fact: Hashable) -> None:
         self.operations.append(Promise(fact, holds=True))
@@ -130,11 +140,12 @@ class RecordingPosix(Posix):
 
     def fsync(self, fd: int) -> None:
         found = self._fds.get(fd)
-        self._live("fsync", "" if found is None else found[1])
+        if found is not None:
+            self._live("fsync", found[1])
         super().fsync(fd)
         if found is not None:
             inode, place = found
-            self.operations.append(Sync(inode, inode in self._tables, self.client, _site(place)))
+            self.operations.append(Sync(inode, inode in self._tables, self.client, _site(place, self.client)))
 
     def mkdir(self, path: str) -> None:
         self._live("mkdir", path)
@@ -168,6 +179,9 @@ class RecordingPosix(Posix):
         if self._is_dead or (self.dies_before is not None and self.dies_before(kind, path)):
             self._is_dead = True
             raise KilledError(f"{kind} {path}")
+        place = self._relative(path) if path.startswith("/") else path
+        if place is not None:
+            self.calls.append((kind, place))
 
     def _relative(self, path: str) -> str | None:
         """None for what lies outside of `base`: it is not part of the recorded world."""
@@ -200,12 +214,13 @@ class RecordingPosix(Posix):
                 self._tables[directory].pop(name)
             else:
                 self._tables[directory][name] = inode
-        self.operations.append(NameChange(tuple(found), self.client))
+        makes_dir = next((inode for _, _, inode in found if inode in self._tables), None)
+        self.operations.append(NameChange(tuple(found), self.client, makes_dir))
 
 
 @dataclass
 class FailingPosix(Posix):
-    """Fails the `at`-th call of one kind with `errno`, before it takes effect or, with `lands`, after. Counts what it failed."""
+    """Fails the `at`-th call of one kind with `errno`: before it takes effect or, with `lands`, after."""
 
     kind: str
     errno: int

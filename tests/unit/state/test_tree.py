@@ -57,8 +57,13 @@ def test_everything_a_state_dict_holds_comes_back_as_it_was():
 
 TREES = st.recursive(
     st.one_of(
-        st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5).filter(lambda s: s.isprintable()),
-        st.binary(max_size=5), st.integers(0, 3).map(lambda n: torch.arange(n)),
+        st.none(),
+        st.booleans(),
+        st.integers(),
+        st.floats(),
+        st.text(max_size=5).filter(lambda s: s.isprintable()),
+        st.binary(max_size=5),
+        st.integers(0, 3).map(lambda n: torch.arange(n)),
     ),  # fmt: skip
     lambda inner: st.one_of(
         st.lists(inner, max_size=3),
@@ -87,7 +92,9 @@ def test_tensors_are_named_by_their_path_detached_and_not_copied():
 
 
 def test_keys_that_read_alike_get_different_names():
-    flat = flatten({1: torch.zeros(1), "1": torch.ones(1), "a.b": torch.ones(2), "a": {"b": torch.ones(3)}}, name="", path="")
+    flat = flatten(
+        {1: torch.zeros(1), "1": torch.ones(1), "a.b": torch.ones(2), "a": {"b": torch.ones(3)}}, name="", path=""
+    )
     assert list(flat.tensors) == ["1", "1~2", "a.b", "a.b~2"]
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from dckpt.catalog.catalog import Catalog
 from dckpt.catalog.retention import Best, Retention
-from dckpt.errors import CommitConflictError
+from dckpt.errors import CommitConflictError, CorruptCheckpointError
 from dckpt.storage.local import LocalStorage
 from dckpt.tools.prune import PruneRequest, apply_prune, plan_prune
 from tests.support.runs import training_tensors, write_checkpoint
@@ -104,3 +104,12 @@ def test_a_plan_made_before_the_run_changed_deletes_nothing_that_became_the_newe
         apply_prune(storage, plan)
 
     assert newest_removed in os.listdir(storage.root)
+
+
+def test_superseded_steps_are_not_judged_while_a_damaged_generation_hides_the_line(storage: LocalStorage) -> None:
+    (Path(storage.root) / "generations" / "000002.json").write_bytes(b"{}")
+
+    with pytest.raises(CorruptCheckpointError, match=r"000002\.json"):
+        plan_prune(storage, PruneRequest(superseded=True), now_unix_s=NOW)
+
+    assert steps(storage) == [10, 20, 30, 40, 50]

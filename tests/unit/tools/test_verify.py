@@ -286,13 +286,15 @@ def test_a_scaler_is_missed_only_in_float16_training(tmp_path: Path) -> None:
     assert verified(tmp_path / "brain").verdict == "COMPLETE"
 
 
+@pytest.mark.parametrize(("parts", "planner_data"), [((), None), (("net",), {"net.w": ["net", "w"]})])
 def test_a_checkpoint_of_plain_dcp_save_lacks_nothing_and_says_that_this_was_not_checked(
-    tmp_path: Path,
+    tmp_path: Path, parts: tuple[str, ...], planner_data: object
 ) -> None:
-    tensors = {"weights": np.zeros(8, np.float32)}
-    write_checkpoint(LocalStorage(str(tmp_path)), None, 0, tensors, name="alone", parts=(), values={})
+    tensors = {"net.w": np.zeros(8, np.float32)}
+    storage = LocalStorage(str(tmp_path))
+    write_checkpoint(storage, None, 0, tensors, name="x", parts=parts, values={}, planner_data=planner_data)
 
-    report = verified(tmp_path / "alone")
+    report = verified(tmp_path / "x")
 
     assert report.verdict == "COMPLETE"
     assert [finding.severity for finding in report.checkpoints[0].findings] == ["not checked"]

@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from dckpt.errors import ConfigError, CorruptCheckpointError
+from dckpt.state.progress import Batch, TrainProgress
+
+
+def test_a_batch_counts_the_samples_of_one_optimizer_step():
+    assert Batch(micro=8, accumulation=4, data_parallel=2).samples == 64
+    assert Batch(3).samples == 3
+    for bad in (0, -1, 2.0, True):
+        with pytest.raises(ConfigError, match="micro"):
+            Batch(bad)
+
+
+def test_advance_counts_steps_samples_and_losses():
+    progress = TrainProgress(max_steps=3, batch=Batch(2, 2, 2))
+    progress.micro_step = 1
+    for loss in (3.0, torch.tensor(1.5), 2):
+        assert not progress.done
+        progress.advance(loss)
+    assert progress.done
+    assert (progress.step, progress.samples, progress.micro_step) == (3, 24, 0)
+    assert progress.losses == [3.0, 1.5, 2.0]
+    assert progress.loss_history == [(1, 3.0), (2, 1.5), (3, 2.0)]
+    assert progress.best_loss == 1.5
+
+
+def test_a_tensor_loss_is_kept_as_a_copy_and_not_converted_before_it_is_asked_for():
+    class Loud(torch.Tensor):
+        """Fails when its value is asked for, as a device loss would wait."""
+
+        def item(self):
+            raise AssertionError("synchronised")
+
+        __float__ = tolist = item
+
+    progress = TrainProgress()
+    buffer = torch.tensor(1.0, requires_grad=True) * 2
+    progress.advance(buffer)
+    progress.advance(torch.tensor(4.0).as_subclass(Loud))
+    assert progress.step == 2
+    with torch.no_grad():
+        buffer.fill_(9.0)
+    progress._pending[1] = (2, progress._pending[1][1].as_subclass(torch.Tensor))
+    assert progress.losses == [2.0, 4.0]
+
+
+def test_the_history_is_capped_but_the_best_loss_is_not_forgotten():
+    progress = TrainProgress(history=3)
+    progress.advance(0.25)
+    for step in range(1, 2500):
+        progress.advance(torch.tensor(float(step)))
+    assert progress.losses == [2497.0, 2498.0, 2499.0]
+    assert progress.best_loss == 0.25
+    assert len(progress._pending) == 0
+    assert TrainProgress(history=0).losses == []
+
+
+def test_losses_that_are_no_numbers_are_kept_and_never_the_best():
+    progress = TrainProgress()
+    progress.advance(float("nan"))
+    progress.advance(torch.tensor(float("inf")))
+    assert math.isnan(progress.losses[0])
+    assert progress.best_loss == math.inf
+
+
+def test_the_batch_history_grows_only_when_the_global_batch_changes():
+    progress = TrainProgress(batch=Batch(4))
+    progress.advance()
+    progress.advance()
+    progress.batch = Batch(8)
+    progress.advance()
+    progress.advance(samples=3)
+    assert progress.batch_history == [(0, 4), (2, 8), (3, 3)]
+    assert progress.samples == 4 + 4 + 8 + 3
+
+
+def test_epochs_end_a_run_too():
+    progress = TrainProgress(max_epochs=1)
+    assert not progress.done
+    progress.finish_epoch()
+    assert progress.done
+    assert not TrainProgress().done
+
+
+def test_the_state_comes_back_and_the_limits_stay_the_running_jobs():
+    progress = TrainProgress(max_steps=10, batch=Batch(4, 2), history=2)
+    for loss in (3.0, 1.0, torch.tensor(2.0)):
+        progress.advance(loss)
+    progress.finish_epoch()
+    state = json.loads(json.dumps(progress.state_dict()))
+    other = TrainProgress(max_steps=20, batch=Batch(2, 4))
+    other.advance(0.0)
+    other.load_state_dict(state)
+    assert (other.step, other.epoch, other.samples, other.max_steps) == (3, 1, 24, 20)
+    assert other.loss_history == [(2, 1.0), (3, 2.0)]
+    assert other.best_loss == 1.0
+    assert other.batch_history == [(0, 8)]
+    other.advance(samples=8)
+    assert other.batch_history == [(0, 8)]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"step": -1}, {"step": True}, {"epoch": None}, {"loss_history": 3}, {"loss_history": [[1]]},
+        {"batch_history": [[0, 1.5]]}, {"best_loss": "x"},
+    ],
+)  # fmt: skip
+def test_a_damaged_state_is_refused_and_nothing_is_taken_over(damage):
+    progress = TrainProgress()
+    state = TrainProgress().state_dict() | {"step": 5} | damage
+    with pytest.raises(CorruptCheckpointError, match=f"progress: field '{next(iter(damage))}'"):
+        progress.load_state_dict(state)
+    assert progress.step == 0
+
+
+def test_arguments_of_the_wrong_kind_are_refused():
+    with pytest.raises(ConfigError, match="max_steps"):
+        TrainProgress(max_steps=1.5)
+    with pytest.raises(ConfigError, match=r"dckpt\.Batch"):
+        TrainProgress(batch=8)
+    with pytest.raises(ConfigError, match="shape"):
+        TrainProgress().advance(torch.ones(2))
+    with pytest.raises(ConfigError, match="a number or a tensor"):
+        TrainProgress().advance("low")
+    with pytest.raises(ConfigError, match="samples"):
+        TrainProgress().advance(samples=-1)

@@ -99,15 +99,11 @@ class Checkpointer:
         self._topology = detect_topology()
         self._coordination = Coordination.connect(self._topology, scope="checkpointer", deadline_s=deadline_s)
         keeper = Keeper(self._storage, retention or Retention())
-        self._saver = Saver(
-            self._storage, self._coordination, self._topology, on_commit=lambda _: keeper.apply()
-        )
+        self._saver = Saver(self._storage, self._coordination, self._topology, on_commit=lambda _: keeper.apply())
         self._loader = Loader(self._storage, self._coordination, self._topology)
         self._thread = SaveThread("dckpt-save")
         self._signals = SignalWatch(signals)
-        self._cadence = Cadence(
-            save, self._coordination, self._topology, self._signals, deadline_s=deadline_s
-        )
+        self._cadence = Cadence(save, self._coordination, self._topology, self._signals, deadline_s=deadline_s)
         self._deadline_s = deadline_s
         self._raise_errors = on_save_error == "raise"
         self._give_up_after = give_up_after
@@ -241,9 +237,7 @@ class Checkpointer:
         session = self._coordination.session(
             f"busy-{self._busy_checks}", what=f"save of step {step}", call=f"step(state) at step {step}"
         )
-        answer = session.exchange(
-            "busy", b"1" if busy else b"0", lambda payloads: b"1" if b"1" in payloads else b"0"
-        )
+        answer = session.exchange("busy", b"1" if busy else b"0", lambda payloads: b"1" if b"1" in payloads else b"0")
         if answer == b"1" and self._topology.is_coordinator:
             log.warning("save of step %d skipped: the save before it is still in flight", step)
         return answer == b"1"
@@ -290,9 +284,7 @@ class Checkpointer:
         What is saved afterwards descends from it; later steps of the old line become superseded. All differences are
         refused at once (`IncompatibleStateError`) before a live tensor is touched, except those that are allowed.
         """
-        options = LoadOptions(
-            parts=parts, allow_missing=allow_missing, allow_unexpected=allow_unexpected, cast=cast
-        )
+        options = LoadOptions(parts=parts, allow_missing=allow_missing, allow_unexpected=allow_unexpected, cast=cast)
         loaded = self._load(state, lambda catalog: [catalog.resolve(step)], options, call=f"load({step!r})")
         if loaded is None:
             raise CheckpointNotFoundError(
@@ -317,9 +309,7 @@ class Checkpointer:
         self._wait_in_flight()
         return self._loader.load(state, select, options, call=call)
 
-    def _adopt(
-        self, state: TrainState, loaded: Loaded, reason: Literal["resume", "walk-back", "load"]
-    ) -> None:
+    def _adopt(self, state: TrainState, loaded: Loaded, reason: Literal["resume", "walk-back", "load"]) -> None:
         result = loaded.result
         self._saver.lineage.adopt(
             loaded.observed_generation,
@@ -332,9 +322,7 @@ class Checkpointer:
         committed = PendingSave(loaded.identity.step, loaded.identity.micro_step)
         committed.checkpoint = result.checkpoint
         committed.conclude("committed")
-        self._last = _LastSave(
-            loaded.identity.step, loaded.identity.micro_step, state.optimizer_steps, committed
-        )
+        self._last = _LastSave(loaded.identity.step, loaded.identity.micro_step, state.optimizer_steps, committed)
 
     def _announce_new_run(self) -> None:
         if not self._topology.is_coordinator:
@@ -435,18 +423,12 @@ class Checkpointer:
             self._failures,
             error,
         )
-        if (
-            self._raise_errors
-            or isinstance(error, CommitConflictError)
-            or self._failures >= self._give_up_after
-        ):
+        if self._raise_errors or isinstance(error, CommitConflictError) or self._failures >= self._give_up_after:
             raise error
 
     def _ensure_open(self) -> None:
         if self._closed:
-            raise ConfigError(
-                "Checkpointer: expected an open one, found it closed. Call it inside its `with` block."
-            )
+            raise ConfigError("Checkpointer: expected an open one, found it closed. Call it inside its `with` block.")
 
     def _ensure_not_poisoned(self) -> None:
         name = self._loader.poisoned_by
@@ -477,12 +459,10 @@ def _ensure_choice(name: str, found: str, choices: tuple[str, ...]) -> None:
 def _neighbouring_runs(place: str) -> list[str]:
     """Up to three directories beside `place` that hold generations; only looked for when nothing was found."""
     parent = os.path.dirname(place.rstrip("/"))
-    found = []
     try:
         with os.scandir(parent) as entries:
-            for entry in entries:
-                if entry.is_dir() and os.path.isdir(os.path.join(entry.path, "generations")):
-                    found.append(entry.path)
+            found = [entry.path for entry in entries if os.path.isdir(os.path.join(entry.path, "generations"))]
     except OSError as error:
         log.debug("cannot look beside %s: %s", place, error)
+        return []
     return sorted(path for path in found if path != place.rstrip("/"))[:3]

@@ -90,10 +90,12 @@ def training(leg: int, ranks: int) -> Iterator[subprocess.Popen[bytes]]:
     try:
         yield process
     finally:
+        previous = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not leave some of them behind
         while left := descendants():
             kill(left)
             time.sleep(0.01)
         process.wait()
+        signal.signal(signal.SIGINT, previous)
 
 
 def log_of(leg: int) -> Path:

@@ -29,13 +29,18 @@ def local_chunks(name: str, tensor: torch.Tensor) -> list[LocalChunk]:
     if not isinstance(tensor, DTensor):
         whole = LocalChunk((0,) * tensor.dim(), tuple(tensor.shape), tensor.detach())
         return [whole] if tensor.numel() else []
+    return _dtensor_chunks(name, tensor)
+
+
+def _dtensor_chunks(name: str, tensor: DTensor) -> list[LocalChunk]:
     if any(isinstance(placement, Partial) for placement in tensor.placements):
         raise ConfigError(
             f"Tensor {name}: expected sharded or replicated placements, found {tensor.placements}. A partial sum has no "
             "single value; redistribute it to Replicate() or Shard() before saving."
         )
-    local = tensor.detach().to_local()
-    boxes = tensor.__create_chunk_list__()
+    with torch.no_grad():
+        local = tensor.to_local()
+    boxes = tensor.__create_chunk_list__()  # type: ignore[no-untyped-call]
     if local.numel() == 0:
         return []
     if len(boxes) != 1 or tuple(boxes[0].sizes) != tuple(local.shape):
@@ -68,7 +73,8 @@ def tensor_digest(tensor: torch.Tensor) -> str:
     """Digest of a tensor's values on this rank (for a DTensor: of its local part); equal bits give equal digests."""
     local = tensor.detach()
     if isinstance(local, DTensor):
-        local = local.to_local()
+        with torch.no_grad():
+            local = local.to_local()
     data = bytearray(local.numel() * local.element_size())
     copy_to_bytes(local, memoryview(data))
     return digest_bytes(data)

@@ -89,9 +89,7 @@ class DckptLoadPlanner(DefaultLoadPlanner):
                 found.append(f"{name}: a tensor on one side, a value on the other")
         if not self._allow_unexpected:
             found += [
-                f"{name}: in the checkpoint, not in the state_dict"
-                for name in saved
-                if name not in self.state_dict
+                f"{name}: in the checkpoint, not in the state_dict" for name in saved if name not in self.state_dict
             ]
         return found
 

@@ -77,9 +77,7 @@ class CheckpointFiles:
         self._checkpoint = checkpoint
         self._manifest = manifest
         self._index = index
-        self._entries: dict[str, FileEntry] = {
-            entry.path.rsplit("/", 1)[-1]: entry for entry in manifest.shard_entries
-        }
+        self._entries: dict[str, FileEntry] = {entry.path.rsplit("/", 1)[-1]: entry for entry in manifest.shard_entries}
         self._open: OrderedDict[int, VerifiedFile] = OrderedDict()
 
     def __enter__(self) -> CheckpointFiles:
@@ -129,9 +127,7 @@ class CheckpointFiles:
         row_bytes = math.prod(chunk_shape[1:]) * item
         rows_a_piece = max(1, PIECE_BYTES // row_bytes)
         first, count = read.region_offsets[0], read.region_sizes[0]
-        inner = tuple(
-            slice(o, o + s) for o, s in zip(read.region_offsets[1:], read.region_sizes[1:], strict=True)
-        )
+        inner = tuple(slice(o, o + s) for o, s in zip(read.region_offsets[1:], read.region_sizes[1:], strict=True))
         for done in range(0, count, rows_a_piece):
             rows = min(rows_a_piece, count - done)
             begin = read.chunk.begin + (first + done) * row_bytes

@@ -58,9 +58,7 @@ class DckptReader(StorageReader):
 
     def _location(self) -> tuple[str, str]:
         if self._url is None:
-            raise ConfigError(
-                "DckptReader: expected a url, found none. Give DckptReader(url) or checkpoint_id=url."
-            )
+            raise ConfigError("DckptReader: expected a url, found none. Give DckptReader(url) or checkpoint_id=url.")
         return split_checkpoint_url(self._url)
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
@@ -76,9 +74,7 @@ class DckptReader(StorageReader):
                 "name one of its checkpoints (`dckpt ls` lists them)."
             ) from error
         entry = self._manifest.index_entry
-        self._index = parse_index(
-            read_checked(storage, name, entry), key=f"{entry.checkpoint or name}/{entry.path}"
-        )
+        self._index = parse_index(read_checked(storage, name, entry), key=f"{entry.checkpoint or name}/{entry.path}")
         tensors = {tensor: self._tensor_metadata(tensor) for tensor in self._index.names()}
         for alias, canonical in self._manifest.aliases.items():
             tensors[alias] = tensors[canonical]
@@ -100,9 +96,7 @@ class DckptReader(StorageReader):
         properties = TensorProperties(dtype=TORCH_DTYPES[meta.dtype])
         return TensorStorageMetadata(properties, torch.Size(meta.shape), chunks)
 
-    def set_up_storage_reader(
-        self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
-    ) -> None:
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Nothing to set up: `read_metadata` ran on every rank."""
         del metadata, is_coordinator, args, kwargs
 
@@ -152,9 +146,7 @@ class DckptReader(StorageReader):
         assert self._index is not None
         name = self._manifest.aliases.get(item.storage_index.fqn, item.storage_index.fqn)
         chunk = self._chunk(name, item.storage_index)
-        return BoxRead(
-            chunk, self._index.meta(name).dtype, tuple(item.storage_offsets), tuple(item.lengths), target
-        )
+        return BoxRead(chunk, self._index.meta(name).dtype, tuple(item.storage_offsets), tuple(item.lengths), target)
 
     def _chunk(self, name: str, index: MetadataIndex) -> Chunk:
         assert self._index is not None

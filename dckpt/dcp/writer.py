@@ -127,9 +127,7 @@ class DckptWriter(StorageWriter):
 
     def _location(self) -> tuple[str, str]:
         if self._url is None:
-            raise ConfigError(
-                "DckptWriter: expected a url, found none. Give DckptWriter(url) or checkpoint_id=url."
-            )
+            raise ConfigError("DckptWriter: expected a url, found none. Give DckptWriter(url) or checkpoint_id=url.")
         return split_checkpoint_url(self._url)
 
     def _connect(self) -> Coordination:
@@ -198,9 +196,7 @@ class DckptWriter(StorageWriter):
                 item, tensor = pending[(shard_tensor.name, shard_tensor.offsets)]
                 copy_to_bytes(tensor, image[begin : begin + shard_tensor.nbytes])
                 stored[id(item)] = _stored(item, shard_tensor, file.file, begin)
-            entries += write_shard_file(
-                storage, directory, attempt, rank, file.file, image, on_bytes=lambda _: None
-            )
+            entries += write_shard_file(storage, directory, attempt, rank, file.file, image, on_bytes=lambda _: None)
         storage.sync_dir(directory)
         future: Future[list[WriteResult]] = Future()
         future.set_result(_results(plan.items, stored, tuple(entries)))
@@ -289,9 +285,7 @@ def _encode(item: WriteItem, planner: SavePlanner) -> Any:
 def _describe(item: WriteItem, tensor: torch.Tensor) -> ShardTensor:
     assert item.tensor_data is not None
     offsets = tuple(item.tensor_data.chunk.offsets)
-    return ShardTensor(
-        item.index.fqn, dtype_name(tensor.dtype, tensor=item.index.fqn), tuple(tensor.shape), offsets
-    )
+    return ShardTensor(item.index.fqn, dtype_name(tensor.dtype, tensor=item.index.fqn), tuple(tensor.shape), offsets)
 
 
 def _stored(item: WriteItem, chunk: ShardTensor, file: str, begin: int) -> StoredItem:

@@ -92,9 +92,7 @@ class Cadence:
 
     def decide(self, step: int, is_last: bool) -> StepDecision:
         """What to do after optimizer step `step`. `is_last`: training ends here, so its state is worth saving."""
-        due = is_last or (
-            self._every is not None and self._every.steps is not None and step % self._every.steps == 0
-        )
+        due = is_last or (self._every is not None and self._every.steps is not None and step % self._every.steps == 0)
         if step < self._next_check and not is_last:
             return StepDecision(save=due, stop=None)
         self._checks += 1

@@ -38,9 +38,7 @@ class Keeper:
         candidates = []
         for item in line:
             metrics, created = self._facts(catalog, item.name)
-            candidates.append(
-                Candidate(id=item, metrics=metrics, is_pinned=item.name in pins, created_unix_s=created)
-            )
+            candidates.append(Candidate(id=item, metrics=metrics, is_pinned=item.name in pins, created_unix_s=created))
         plan = plan_retention(candidates, self._policy)
         if plan.expire:
             expire(self._storage, [item.name for item in plan.expire])

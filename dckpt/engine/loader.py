@@ -39,9 +39,7 @@ from dckpt.storage.base import Storage
 log = logging.getLogger(__name__)
 
 MESSAGE_BYTES_MAX = 2**31
-VISIBLE_WAIT_S = (
-    30.0  # how long a committed manifest may stay hidden behind a client's cached directory (NFS)
-)
+VISIBLE_WAIT_S = 30.0  # how long a committed manifest may stay hidden behind a client's cached directory (NFS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -335,9 +333,7 @@ def _decide_fit(payloads: list[dict[str, Any]]) -> dict[str, Any]:
         return corrupt
     differences = list(dict.fromkeys(line for payload in payloads for line in payload["differences"]))
     if differences:
-        shown = "; ".join(differences[:20]) + (
-            f"; and {len(differences) - 20} more" if len(differences) > 20 else ""
-        )
+        shown = "; ".join(differences[:20]) + (f"; and {len(differences) - 20} more" if len(differences) > 20 else "")
         raise IncompatibleStateError(
             f"The checkpoint does not fit the live state in {len(differences)} places: {shown}. Nothing was changed. Build "
             "the model and optimizer as they were saved, or name the wanted differences (parts=, allow_missing=, "

@@ -118,7 +118,8 @@ def decide_layout(plans: Sequence[RankPlan]) -> SaveLayout:
     rank_tensors = _differing_tensors(plans)
     rank_values = _differing_values(plans)
     skips = _assign_owners(plans, rank_tensors)
-    files, tensors = [], {}
+    files: list[tuple[ShardFilePlan, ...]] = []
+    tensors: dict[str, list[Chunk]] = {}
     names: list[str] = []
     for rank, plan in enumerate(plans):
         planned = plan_files(rank, plan, skips[rank], rank_tensors, rank_values)
@@ -148,10 +149,10 @@ def plan_files(
     pending: dict[str, list[WriteItem]] = {}
     for item in items:
         pending.setdefault(item.shard_tensor.name, []).append(item)
-    planned = []
-    for file in plan_shard_files(rank, [item.shard_tensor for item in items]):
-        planned.append((file, [pending[tensor.name].pop(0) for tensor in file.tensors]))
-    return planned
+    return [
+        (file, [pending[tensor.name].pop(0) for tensor in file.tensors])
+        for file in plan_shard_files(rank, [item.shard_tensor for item in items])
+    ]
 
 
 def _write_items(
@@ -198,15 +199,11 @@ def _differing_tensors(plans: Sequence[RankPlan]) -> frozenset[str]:
 def _differing_values(plans: Sequence[RankPlan]) -> frozenset[str]:
     """Components whose values differ between ranks or are missing on some; RNG is always kept by rank."""
     names = {name for plan in plans for name in plan.values}
-    differing = {
-        name for name in names if len({plan.values.get(name, ("absent", 0))[0] for plan in plans}) > 1
-    }
+    differing = {name for name in names if len({plan.values.get(name, ("absent", 0))[0] for plan in plans}) > 1}
     return frozenset(differing | ({RNG} & names))
 
 
-def _assign_owners(
-    plans: Sequence[RankPlan], rank_tensors: frozenset[str]
-) -> tuple[tuple[tuple[int, int], ...], ...]:
+def _assign_owners(plans: Sequence[RankPlan], rank_tensors: frozenset[str]) -> tuple[tuple[tuple[int, int], ...], ...]:
     holders: dict[tuple[str, Box], list[tuple[int, int, int]]] = {}
     load = [0] * len(plans)
     for rank, plan in enumerate(plans):

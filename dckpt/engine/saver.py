@@ -139,9 +139,7 @@ class Saver:
             layout=context.get("layout"),
         )
 
-    def _capture(
-        self, state: TrainState, request: SaveRequest
-    ) -> tuple[LocalState | None, BaseException | None]:
+    def _capture(self, state: TrainState, request: SaveRequest) -> tuple[LocalState | None, BaseException | None]:
         try:
             failpoint.reach("before_plan")
             coordinates = state.coordinates() or {"rank": self._topology.rank}
@@ -346,9 +344,7 @@ class Saver:
                 job.pending.conclude("committed")
                 return
         except StorageError:
-            log.warning(
-                "could not read back %s after the coordinator was lost", job.checkpoint, exc_info=True
-            )
+            log.warning("could not read back %s after the coordinator was lost", job.checkpoint, exc_info=True)
         raise UnknownOutcomeError(
             f"Save of step {job.pending.step}: the coordinator was lost while it committed {job.checkpoint}; whether the "
             "checkpoint exists is not known. Nothing was cleaned up; the next resume will find out.",

@@ -23,17 +23,13 @@ class LocalState:
 
     def __init__(self, captured: Captured, step: int, micro_step: int, coordinates: dict[str, int]) -> None:
         self.captured = captured
-        self.chunks: list[list[LocalChunk]] = [
-            local_chunks(item.name, item.tensor) for item in captured.tensors
-        ]
+        self.chunks: list[list[LocalChunk]] = [local_chunks(item.name, item.tensor) for item in captured.tensors]
         self.records: dict[str, bytes] = {name: dump_json(value) for name, value in captured.values.items()}
         self.records[RNG] = dump_json(captured.rng)
         self.plan = RankPlan(
             step=step,
             micro_step=micro_step,
-            tensors=tuple(
-                _describe(item, chunks) for item, chunks in zip(captured.tensors, self.chunks, strict=True)
-            ),
+            tensors=tuple(_describe(item, chunks) for item, chunks in zip(captured.tensors, self.chunks, strict=True)),
             values={name: (digest_bytes(data), len(data)) for name, data in self.records.items()},
             rng={stream: stream_digest(value) for stream, value in captured.rng.items()},
             coordinates=coordinates,

@@ -144,17 +144,28 @@ def test_boxes_that_no_straight_cut_separates_are_accepted():
     assert index.chunks("w")[0] == PINWHEEL[0]
 
 
-def test_many_interlocked_boxes_of_one_tensor_are_a_limit_of_the_format():
-    """A brick spiral of 20 pinwheels inside each other stays far below the limit per group; a wall of 65 does not."""
-    arms = 40
-    tensors = {"w": ("U8", (3, 3 * arms), [])}
-    for place in range(arms):
-        tensors["w"][2].extend(
-            Chunk((a, b + 3 * place), size, 5 * place + number, 4096)
-            for number, ((a, b), size) in enumerate((chunk.offsets, chunk.sizes) for chunk in PINWHEEL)
-        )
+def nested_pinwheels(levels: int) -> tuple[tuple[int, int], list[Chunk]]:
+    """A shape and boxes that cover it: rings of four arms around each other, which no straight cut separates."""
+    side = 2 * levels + 1
+    boxes = [((levels, levels), (1, 1))]
+    for level in range(levels):
+        length = side - 2 * level - 1
+        boxes += [
+            ((level, level), (1, length)),
+            ((level, level + length), (length, 1)),
+            ((level + length, level + 1), (1, length)),
+            ((level + 1, level), (length, 1)),
+        ]
+    return (side, side), [Chunk(offset, size, file, 4096) for file, (offset, size) in enumerate(boxes)]
 
-    assert build_index(shard_names(5 * arms), tensors).num_chunks == 200
+
+def test_at_most_64_interlocked_boxes_are_accepted():
+    shape, chunks = nested_pinwheels(15)
+    assert build_index(shard_names(61), {"w": ("U8", shape, chunks)}).num_chunks == 61
+
+    shape, chunks = nested_pinwheels(16)
+    with pytest.raises(ConfigError, match="at most 64 interlocked"):
+        build_index(shard_names(65), {"w": ("U8", shape, chunks)})
 
 
 @pytest.mark.parametrize(

@@ -324,7 +324,7 @@ def test_moments_of_another_dtype_are_refused_when_they_are_live_and_converted_o
 
 
 def test_what_is_no_optimizer_is_refused():
-    with pytest.raises(ConfigError, match="expected a torch.optim.Optimizer"):
+    with pytest.raises(ConfigError, match=r"expected a torch\.optim\.Optimizer"):
         TrainState(model=net(), optimizer=object())
 
 

@@ -154,6 +154,35 @@ def test_parameters_that_ddp_ignores_are_not_trusted(one_rank):
     assert found["model.body.0.bias"] == "trusted"
 
 
+def test_ddp_around_a_part_leaves_no_trace_in_names_and_vouches_for_that_part_only(one_rank):
+    net = nn.ModuleDict({"a": ddp(nn.Linear(2, 2)), "b": nn.Linear(2, 2)})
+    found = {item.name: item.replication for item in TrainState(model=net).capture().tensors}
+    assert found == {
+        "model.a.weight": "trusted",
+        "model.a.bias": "trusted",
+        "model.b.weight": "checked",
+        "model.b.bias": "checked",
+    }
+
+
+def test_moments_of_a_scalar_parameter_follow_it_and_its_counter_does_not(one_rank):
+    def build(is_sharded):
+        net = nn.Module()
+        net.scale = nn.Parameter(torch.ones(()))
+        if is_sharded:
+            mesh = init_device_mesh("cpu", (1,))
+            net.scale = nn.Parameter(distribute_tensor(torch.zeros(()), mesh, [Replicate()]))
+        return TrainState(model=net, optimizer=torch.optim.AdamW(net.parameters()))
+
+    source, target = build(is_sharded=False), build(is_sharded=True)
+    source.model.scale.square().backward()
+    source.optimizer.step()
+    load(target, save(source))
+    held = target.optimizer.state[target.model.scale]
+    assert isinstance(held["exp_avg"], DTensor)
+    assert not isinstance(held["step"], DTensor)
+
+
 def test_ties_hold_under_fsdp2(one_rank):
     state = make("fsdp2")
     assert state.capture().aliases == {"model.head.weight": "model.embedding.weight"}

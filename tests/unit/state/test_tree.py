@@ -64,7 +64,7 @@ TREES = st.recursive(
         st.text(max_size=5).filter(lambda s: s.isprintable()),
         st.binary(max_size=5),
         st.integers(0, 3).map(lambda n: torch.arange(n)),
-    ),  # fmt: skip
+    ),
     lambda inner: st.one_of(
         st.lists(inner, max_size=3),
         st.lists(inner, max_size=3).map(tuple),

@@ -88,15 +88,18 @@ def _ensure_no_surrogates(root: Any, key: str) -> None:
             raise corrupt(key, "JSON", "valid Unicode", f"a lone surrogate in {shown(item)}")
 
 
+def _num_containers(data: bytes) -> int:
+    return data.count(b"[") + data.count(b"{")
+
+
 def load_json(data: bytes | bytearray | memoryview, *, key: str, limit: int) -> Any:
     """The value of a JSON text of at most `limit` bytes; what section 4.2 of FORMAT.md forbids is refused."""
     data = bytes(data)
     if len(data) > limit:
         raise corrupt(key, "size", f"at most {limit} bytes", f"{len(data)} bytes")
-    num_containers = data.count(b"[") + data.count(b"{")
-    if num_containers > limit // JSON_BYTES_PER_CONTAINER:
+    if _num_containers(data) > limit // JSON_BYTES_PER_CONTAINER:
         expected = f"at most {limit // JSON_BYTES_PER_CONTAINER} arrays and objects"
-        raise corrupt(key, "JSON", expected, str(num_containers))
+        raise corrupt(key, "JSON", expected, str(_num_containers(data)))
     try:
         text = data.decode("utf-8")
         found = json.loads(
@@ -120,16 +123,25 @@ def load_json(data: bytes | bytearray | memoryview, *, key: str, limit: int) -> 
     return found
 
 
-def dump_json(obj: Any) -> bytes:
-    """Canonical JSON: no spaces, keys in order of insertion, UTF-8. Equal values give equal bytes."""
+def dump_json(obj: Any, *, limit: int | None = None) -> bytes:
+    """Canonical JSON: no spaces, keys in order of insertion, UTF-8. Equal values give equal bytes.
+
+    With a `limit`, what `load_json` would refuse for its size under that limit is refused here.
+    """
     try:
         text = json.dumps(obj, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-        return text.encode("utf-8")
+        data = text.encode("utf-8")
     except (ValueError, TypeError, RecursionError) as error:
         raise ConfigError(
             f"A value to be stored as JSON: expected finite numbers, valid Unicode, plain containers, "
             f"found: {error}. Encode it with dckpt.format.values.encode_value first."
         ) from error
+    if limit is not None and (len(data) > limit or _num_containers(data) > limit // JSON_BYTES_PER_CONTAINER):
+        raise ConfigError(
+            f"A value to be stored as JSON: expected at most {limit} bytes and {limit // JSON_BYTES_PER_CONTAINER} arrays "
+            f"and objects, found {len(data)} and {_num_containers(data)}. Store large data as a tensor."
+        )
+    return data
 
 
 def seal_json(obj: dict[str, Any]) -> bytes:

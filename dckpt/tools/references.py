@@ -79,8 +79,10 @@ def check_references(manifest: Manifest, index: LayoutIndex, *, key: str) -> lis
 def _named_tensors(manifest: Manifest, index: LayoutIndex) -> Iterator[tuple[str, str]]:
     for alias, tensor in manifest.aliases.items():
         yield tensor, f"the tensor behind {alias}"
-    for tensor in _tensor_references(list(manifest.values.values())):
-        yield tensor, "part of a value"
+    for component, value in manifest.values.items():
+        named = _optimizer_references(value) if component == "optim" else _tensor_references(value)
+        for tensor in named:
+            yield tensor, f"part of the values of {component}"
     # Only RNG is kept for every rank: other records may be of some ranks only.
     if "rng" in manifest.rank_values:
         for rank in range(manifest.world_size):
@@ -90,6 +92,22 @@ def _named_tensors(manifest: Manifest, index: LayoutIndex) -> Iterator[tuple[str
         records = [f"rank.{rank}.{name}" for rank in range(manifest.world_size)]
         if not any(record in index for record in records):
             yield records[0], f"a tensor that differs by rank ({name})"
+
+
+def _optimizer_references(value: object) -> Iterator[str]:
+    """Parameters whose state has one structure share a template, whose names are relative (FORMAT.md, section 10.2)."""
+    records = value.get("optimizers") if isinstance(value, dict) else None
+    if not isinstance(records, dict):
+        yield from _tensor_references(value)
+        return
+    for key, record in records.items():
+        prefix = f"optim.{key}" if key else "optim"
+        if not isinstance(record, dict):
+            continue
+        yield from _tensor_references({name: item for name, item in record.items() if name != "states"})
+        for template in record.get("states", []):
+            relative = list(_tensor_references(template["tree"]))
+            yield from (f"{prefix}.{param}.{name}" for param in template["params"] for name in relative)
 
 
 def _tensor_references(value: object) -> Iterator[str]:

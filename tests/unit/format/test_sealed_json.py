@@ -106,3 +106,11 @@ def test_nesting_up_to_the_limit_passes():
 def test_what_json_cannot_hold_is_a_config_error(value):
     with pytest.raises(ConfigError, match="encode_value"):
         dump_json({"a": value})
+
+
+@pytest.mark.parametrize("value", ["x" * 1000, [[]] * 60])
+def test_what_is_too_large_to_be_read_back_is_not_written(value):
+    with pytest.raises(ConfigError, match="as a tensor"):
+        dump_json(value, limit=900)
+
+    assert load_json(dump_json(value, limit=2000), key="k", limit=2000) == value

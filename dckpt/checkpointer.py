@@ -42,6 +42,7 @@ from dckpt.storage.opening import open_storage
 log = logging.getLogger(__name__)
 
 LINGER_S = 20.0  # how long rank 0 stays reachable at the end, so that every rank learns the last outcome
+LINGER_AFTER_ERROR_S = 2.0  # when a rank leaves by an exception the others may never come to say goodbye
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +100,7 @@ class Checkpointer:
         self._topology = detect_topology()
         self._coordination = Coordination.connect(self._topology, scope="checkpointer", deadline_s=deadline_s)
         keeper = Keeper(self._storage, retention or Retention())
-        self._saver = Saver(self._storage, self._coordination, self._topology, on_commit=lambda _: keeper.apply())
+        self._saver = Saver(self._storage, self._coordination, self._topology, on_commit=keeper.apply)
         self._loader = Loader(self._storage, self._coordination, self._topology)
         self._thread = SaveThread("dckpt-save")
         self._signals = SignalWatch(signals)
@@ -247,7 +248,7 @@ class Checkpointer:
     def resume(self, state: TrainState, *, policy: ResumePolicy | None = None) -> ResumeReport | None:
         """Loads the newest good checkpoint of the run's current line into `state`, RNG last, and reports.
 
-        None means a new run: the root has no generation and no checkpoint; that is announced. Corruption that a second,
+        None means a new run: the root has no checkpoint and no generation that ever continued one; that is announced. Corruption that a second,
         uncached read confirmed walks back to the next older checkpoint; storage trouble and a state that does not fit
         are raised, and so is a run in which every candidate is damaged.
         """
@@ -259,7 +260,7 @@ class Checkpointer:
             call="resume(state)",
         )
         if loaded is None:
-            self._saver.lineage.start_fresh(observed=0)
+            self._saver.lineage.start_fresh(self._loader.observed_generation)
             self._announce_new_run()
             return None
         reason: Literal["resume", "walk-back"] = "walk-back" if loaded.result.damaged else "resume"
@@ -329,6 +330,11 @@ class Checkpointer:
             return
         place = self._storage.locate("")
         log.warning("no checkpoint in %s: starting a new run from step 0", place)
+        if self._loader.observed_generation:
+            log.warning(
+                "an earlier start of this run (generation %d) ended before its first commit",
+                self._loader.observed_generation,
+            )
         for name in _neighbouring_runs(place):
             log.warning("a run with checkpoints lies beside it: %s (is the root mistyped?)", name)
 
@@ -364,6 +370,9 @@ class Checkpointer:
         Raises `SaveNotFinishedError` if the save in flight makes no end within twice the deadline, and the save's own
         error under on_save_error="raise".
         """
+        self._close(LINGER_S)
+
+    def _close(self, linger_s: float) -> None:
         if self._closed:
             return
         self._closed = True
@@ -372,7 +381,7 @@ class Checkpointer:
         finally:
             self._thread.stop(timeout_s=1.0)
             self._signals.restore()
-            self._coordination.close(LINGER_S)
+            self._coordination.close(linger_s)
             atexit.unregister(self._at_exit)
 
     def _finish_last(self) -> None:
@@ -393,7 +402,7 @@ class Checkpointer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            self.close()
+            self._close(LINGER_S if error is None else LINGER_AFTER_ERROR_S)
         except DckptError as late:
             if error is None:
                 raise

@@ -43,7 +43,7 @@ class DemoError(Exception):
 
 
 def say(text: str) -> None:
-    console.print(text)
+    console.print(text, soft_wrap=True)
 
 
 def stage(number: int, title: str) -> None:
@@ -172,7 +172,7 @@ def train_until_killed(leg: int) -> bool:
     with training(leg, FIRST_RANKS) as process, StepBar(leg, FIRST_RANKS) as bar:
         next_look = 0.0
         targets: list[int] = []
-        while not (len(committed()) >= 2 and shards_in_progress()):
+        while len(committed()) < 2 or len(shards_in_progress()) < FIRST_RANKS:
             if process.poll() is not None:
                 raise ended_early(leg, process.returncode)
             if time.monotonic() > deadline:
@@ -224,11 +224,10 @@ def show_what_was_left(leg: int) -> int:
     assert row is not None
     newest = int(names[-1].split(".")[0].removeprefix("step-"))
     size = sum(path.stat().st_size for path in leftovers) / 2**20
+    attempt = leftovers[0].parents[1].name
     say(f"   Killed after step {row['step']}. Whole on disk: {', '.join(names)}.")
-    say(
-        f"   Left of the interrupted save: {leftovers[0].parents[1].name}, {len(leftovers)} shard files, {size:.0f} MiB, "
-    )
-    say("   never renamed to a checkpoint's name. Nothing will ever read it.")
+    say(f"   Left of the interrupted save: {attempt} with {len(leftovers)} shard files, {size:.0f} MiB.")
+    say("   It never got a checkpoint's name, so nothing will ever read it; the next start removes it.")
     say(f"   Lost: the {row['step'] - newest} steps since step {newest}. Never more than that.")
     return newest
 
@@ -240,7 +239,7 @@ def compare(legs: list[plot.Leg]) -> None:
     say(
         f"   {len(again)} steps were trained twice, on {FIRST_RANKS} and on {SECOND_RANKS} ranks, from the same samples: their"
     )
-    say(f"   losses differ by at most {apart:.6f}, the rounding of sums over another number of ranks.")
+    say(f"   losses differ by at most {apart:.0e}, the rounding of sums over another number of ranks.")
 
 
 def run_dckpt(*arguments: str) -> None:
@@ -296,8 +295,8 @@ def main() -> int:
     os.chdir(ROOT)
     # Ranks whose torchrun died come to this process, so that `descendants` finds them.
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda *_: sys.exit(143))
+    for number in (signal.SIGTERM, signal.SIGHUP):  # end like Ctrl-C
+        signal.signal(number, signal.default_int_handler)
     try:
         tell()
     except DemoError as error:

@@ -61,9 +61,13 @@ class DckptReader(StorageReader):
             raise ConfigError("DckptReader: expected a url, found none. Give DckptReader(url) or checkpoint_id=url.")
         return split_checkpoint_url(self._url)
 
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """What the checkpoint holds, in DCP's terms; tied names appear under every name that they had."""
-        del args, kwargs
+    def read_metadata(self, *args: Any, **options: Any) -> Metadata:
+        """What the checkpoint holds, in DCP's terms; tied names appear under every name that they had.
+
+        A catch-all called `kwargs` would tell torch that there is metadata by rank: after a failure on one rank alone, that
+        rank would ask again with `rank=`, and go on without the collectives in which the others wait (sdl:226-247).
+        """
+        del args, options
         root, name = self._location()
         storage = open_storage(root)
         try:

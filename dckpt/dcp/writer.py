@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
@@ -28,8 +27,8 @@ from dckpt.format.index import Chunk, build_index
 from dckpt.format.manifest import FileEntry, Manifest
 from dckpt.format.shard_file import ShardTensor, plan_shard_files
 from dckpt.format.values import encode_value
-from dckpt.ranks.coordination import Coordination
-from dckpt.ranks.topology import Topology, detect_topology
+from dckpt.ranks.notice import post_notice, read_notice, remove_notice
+from dckpt.ranks.topology import detect_topology
 from dckpt.state.naming import dtype_name
 from dckpt.state.tree import flatten
 from dckpt.storage.opening import open_storage
@@ -66,7 +65,7 @@ class DckptWriter(StorageWriter):
     to be complete.
 
     url: the checkpoint's directory; may instead come as `checkpoint_id`. step: recorded in the manifest.
-    process_group: the one that was given to `dcp.save`, if any. deadline_s: how long a rank waits for the coordinator.
+    deadline_s: how long a rank waits for the answer of the process group's store.
     Source of the contract: torch/distributed/checkpoint/storage.py.
     """
 
@@ -75,23 +74,18 @@ class DckptWriter(StorageWriter):
         url: str | os.PathLike[str] | None = None,
         *,
         step: int | None = None,
-        process_group: dist.ProcessGroup | None = None,
         deadline_s: float = 600.0,
     ) -> None:
         self._url = None if url is None else os.fspath(url)
         self._step = step
-        self._group = process_group
         self._deadline_s = deadline_s
-        self._coordination: Coordination | None = None
-        self._topology: Topology | None = None
-        self._saves = 0
-        self._is_coordinator = False
+        self._rank = 0
         self._transaction: Transaction | None = None
         self._attempt: str | None = None
         self._buffer = ImageBuffer()
 
     def __getstate__(self) -> dict[str, Any]:
-        """For a checkpointing process (`AsyncCheckpointerType.PROCESS`): settings travel, connections do not."""
+        """For a checkpointing process (`AsyncCheckpointerType.PROCESS`): settings travel, buffers do not."""
         return {"_url": self._url, "_step": self._step, "_deadline_s": self._deadline_s}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -110,7 +104,7 @@ class DckptWriter(StorageWriter):
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Called on every rank; `kwargs` carries `rank` and `use_collectives` (sds:459-469 looks for that name)."""
-        del args
+        del is_coordinator, args
         if kwargs.get("use_collectives", True) is False:
             raise ConfigError(
                 "DckptWriter: expected use_collectives=True, found False. Without a global plan ranks cannot agree that a "
@@ -120,8 +114,8 @@ class DckptWriter(StorageWriter):
             # The save before this one failed between its start and its commit.
             self._transaction.abandon()
             self._transaction = None
-        self._is_coordinator = is_coordinator
-        self._saves += 1
+        # The rank in the group that saves; 0 with no_dist=True, also inside a distributed job.
+        self._rank = kwargs["rank"] if "rank" in kwargs else detect_topology().rank
         self._attempt = None
         self._location()
 
@@ -129,19 +123,6 @@ class DckptWriter(StorageWriter):
         if self._url is None:
             raise ConfigError("DckptWriter: expected a url, found none. Give DckptWriter(url) or checkpoint_id=url.")
         return split_checkpoint_url(self._url)
-
-    def _connect(self) -> Coordination:
-        """Connected when first needed, on every rank in the same save."""
-        if self._coordination is None:
-            topology = detect_topology(self._group)
-            if self._is_coordinator and topology.rank != 0:
-                topology = Topology(rank=0, world_size=1)  # no_dist=True inside a distributed job
-            self._topology = topology
-            root, _ = self._location()
-            self._coordination = Coordination.connect(
-                topology, scope=f"writer:{root}", deadline_s=self._deadline_s, group=self._group
-            )
-        return self._coordination
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Unchanged: the attempt is kept out of plans, because cached plans outlive it."""
@@ -156,26 +137,32 @@ class DckptWriter(StorageWriter):
         transaction = Transaction(storage, checkpoint=name, attempt=self._attempt, generation=0)
         transaction.begin()
         self._transaction = transaction
-        self._connect().publish(f"attempt/{self._saves}", self._attempt.encode())
+        if detect_topology().world_size > 1:
+            post_notice(self._notice_key(), self._attempt.encode(), within_s=self._deadline_s)
         return plans
 
-    def _await_attempt(self) -> str:
-        coordination = self._connect()
+    def _notice_key(self) -> str:
+        return "attempt/" + "/".join(self._location())
+
+    def _find_attempt(self) -> str:
+        """The coordinator posted it before it scattered the plans, so it is there, and it is this save's."""
         if self._attempt is None:
-            found = coordination.await_key(
-                f"attempt/{self._saves}", self._deadline_s, waiting_for="dcp.save with DckptWriter", ranks=[0]
-            )
+            found = read_notice(self._notice_key(), within_s=self._deadline_s)
+            if found is None:
+                raise ConfigError(
+                    f"DckptWriter({self._url}) on rank {self._rank}: expected the url that rank 0 has, found another one. "
+                    "Give the same absolute path on every rank."
+                )
             self._attempt = found.decode()
         return self._attempt
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Writes this rank's shard files, fsynced with their directory, and returns a finished future."""
-        attempt = self._await_attempt()
-        assert self._topology is not None
+        attempt = self._find_attempt()
         root, name = self._location()
         storage = open_storage(root)
         directory = f"{storage.staging_key(name, attempt)}/{attempt}"
-        rank = self._topology.rank
+        rank = self._rank
         values = [item for item in plan.items if item.type == WriteItemType.BYTE_IO]
         stored = {id(item): StoredItem(item.index.fqn, value=_encode(item, planner)) for item in values}
         entries: list[FileEntry] = []
@@ -208,6 +195,8 @@ class DckptWriter(StorageWriter):
         assert self._attempt is not None
         transaction, self._transaction = self._transaction, None
         try:
+            if detect_topology().world_size > 1:
+                remove_notice(self._notice_key(), within_s=self._deadline_s)
             stored = [result.storage_data for rank in results for result in rank]
             entries = [entry for item in stored for entry in item.files]
             transaction.ensure_files(entries)
@@ -249,12 +238,6 @@ class DckptWriter(StorageWriter):
             files=files,
         )
 
-    def close(self) -> None:
-        """Frees the connection between ranks; a later save opens a new one. Call it on every rank or on none."""
-        if self._coordination is not None:
-            self._coordination.close(5.0)
-            self._coordination = None
-
 
 def _resolve(item: WriteItem, planner: SavePlanner) -> torch.Tensor:
     tensor = planner.resolve_data(item)
@@ -279,7 +262,7 @@ def _encode(item: WriteItem, planner: SavePlanner) -> Any:
             f"Value {name}: expected plain values, found tensors inside a {type(value).__name__} ({sorted(flat.tensors)[:3]}). "
             "The stock planner treats this container as one value; use a dict or a list, whose tensors are stored as tensors."
         )
-    return flat.tree
+    return encode_value(flat.tree, path=name)
 
 
 def _describe(item: WriteItem, tensor: torch.Tensor) -> ShardTensor:

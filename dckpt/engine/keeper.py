@@ -8,6 +8,7 @@ from dckpt.catalog.catalog import Catalog
 from dckpt.catalog.prune import expire
 from dckpt.catalog.retention import Candidate, Retention, plan_retention
 from dckpt.errors import CommitConflictError, CorruptCheckpointError, StorageError
+from dckpt.format.layout import parse_checkpoint_name
 from dckpt.storage.base import Storage
 
 log = logging.getLogger(__name__)
@@ -21,15 +22,15 @@ class Keeper:
         self._policy = policy
         self._metrics: dict[str, tuple[dict[str, float], float]] = {}
 
-    def apply(self) -> int:
-        """Expires what the policy does not keep; returns how many checkpoints of the current line remain."""
+    def apply(self, committed: str) -> int:
+        """After the commit of `committed`: expires what the policy does not keep; returns how many of the line remain."""
         try:
-            return self._apply()
+            return self._apply(committed)
         except (StorageError, CommitConflictError, CorruptCheckpointError) as error:
             log.warning("retention was not applied: %s Checkpoints pile up until it can be.", error)
             return 0
 
-    def _apply(self) -> int:
+    def _apply(self, committed: str) -> int:
         catalog = Catalog(self._storage)
         line = catalog.line()
         if self._policy == Retention():
@@ -41,7 +42,10 @@ class Keeper:
             candidates.append(Candidate(id=item, metrics=metrics, is_pinned=item.name in pins, created_unix_s=created))
         plan = plan_retention(candidates, self._policy)
         if plan.expire:
-            expire(self._storage, [item.name for item in plan.expire])
+            own = parse_checkpoint_name(committed)
+            # A zombie must not delete what the job that replaced it may resume from.
+            generation = own.generation if own is not None else None
+            expire(self._storage, [item.name for item in plan.expire], generation=generation)
         return len(plan.keep)
 
     def _facts(self, catalog: Catalog, name: str) -> tuple[dict[str, float], float]:

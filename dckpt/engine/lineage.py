@@ -29,6 +29,7 @@ class Lineage:
         self._parent: Parent | None = None
         self._reason: Reason = "start"
         self._run_id = uuid.uuid4().hex
+        self._unfinished: Generation | None = None
         self.generation: int | None = None
 
     @property
@@ -50,6 +51,7 @@ class Lineage:
         )
         self._reason = reason
         self._run_id = run_id or self._run_id
+        self._unfinished = None
         self.generation = None
 
     def start_fresh(self, observed: int) -> None:
@@ -70,8 +72,19 @@ class Lineage:
             self._ensure_empty(newest)
             self._observed = newest
         failpoint.reach("before_generation")
-        record = Generation(
-            number=self._observed + 1,
+        record = self._next_record(self._observed + 1, world_size)
+        create_generation(self._storage, record, expected_newest=self._observed)
+        failpoint.reach("after_generation")
+        self._unfinished = None
+        self.generation = record.number
+        return record.number
+
+    def _next_record(self, number: int, world_size: int) -> Generation:
+        """The record to create; the same one again after a create whose answer was lost: its nonce proves it ours."""
+        if self._unfinished is not None and self._unfinished.number == number:
+            return self._unfinished
+        self._unfinished = Generation(
+            number=number,
             run_id=self._run_id,
             parent=self._parent,
             reason=self._reason,
@@ -79,10 +92,7 @@ class Lineage:
             created_unix_s=self._clock(),
             nonce=uuid.uuid4().hex,
         )
-        create_generation(self._storage, record, expected_newest=self._observed)
-        failpoint.reach("after_generation")
-        self.generation = record.number
-        return record.number
+        return self._unfinished
 
     def _ensure_empty(self, newest: int) -> None:
         found = Catalog(self._storage).checkpoints()

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from dckpt.blocks.read import read_checked
 from dckpt.catalog.catalog import Catalog
+from dckpt.catalog.generations import list_generations, read_generation
 from dckpt.dcp.read import CheckpointFiles, plan_tensor_reads
 from dckpt.engine.plan import RNG
 from dckpt.engine.refusal import REFUSALS, encode_refusal, raise_refusals
@@ -81,6 +82,7 @@ class Loader:
         self._topology = topology
         self._loads = 0
         self.poisoned_by: str | None = None
+        self.observed_generation = 0
 
     def load(
         self,
@@ -99,6 +101,7 @@ class Loader:
         self._loads += 1
         session = self._coordination.session(f"load-{self._loads}", what=call, call=call)
         found = _parse(session.exchange("find", b"", lambda _: self._find(select)))
+        self.observed_generation = found["observed"]
         if found["names"] is None:
             return None
         damaged: list[tuple[str, DckptError]] = []
@@ -122,16 +125,24 @@ class Loader:
         self._storage.sync_dir("")
         catalog = Catalog(self._storage)
         observed = catalog.newest_generation()
-        if observed == 0 and not catalog.checkpoints():
-            return dump_json({"names": None, "observed": 0})
+        if not catalog.checkpoints() and self._never_committed():
+            return dump_json({"names": None, "observed": observed})
         candidates = select(catalog)
         if not candidates:
             raise CheckpointNotFoundError(
                 f"Run {self._storage.locate('')}: expected a checkpoint to load, found {observed} generations and no "
-                "checkpoint on the current line. The run died before its first commit, or its checkpoints were removed: "
-                "choose a new root to start again."
+                "checkpoint on the current line. Its checkpoints were removed: restore them, or choose a "
+                "new root to start again."
             )
         return dump_json({"names": [item.name for item in candidates], "observed": observed})
+
+    def _never_committed(self) -> bool:
+        """True if no generation continues a checkpoint: the run died before its first commit, or never began.
+
+        Without this, a kill during the very first save would need a person before the same command could start again.
+        """
+        numbers = list_generations(self._storage)
+        return all(read_generation(self._storage, number).parent is None for number in numbers)
 
     def _load_one(
         self, state: TrainState, session: Session, number: int, name: str, options: LoadOptions

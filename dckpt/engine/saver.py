@@ -15,7 +15,7 @@ from dckpt.blocks.write import write_shard_file
 from dckpt.catalog.prune import find_leftovers, sweep
 from dckpt.catalog.transaction import Transaction, read_attempt
 from dckpt.engine.lineage import Lineage
-from dckpt.engine.pending import PendingSave
+from dckpt.engine.pending import Outcome, PendingSave
 from dckpt.engine.plan import RankPlan, SaveLayout, decide_layout, plan_files
 from dckpt.engine.refusal import REFUSALS, encode_refusal, raise_refusals
 from dckpt.engine.staging import LocalState, stage
@@ -254,19 +254,36 @@ class Saver:
     def _write_and_commit(self, job: SaveJob) -> None:
         entries, failure = self._write(job)
         payload = dump_json([[e.path, e.size, e.digest, e.kind, e.rank] for e in entries])
+        if job.transaction is None:
+            self._write_and_await(job, payload, failure)
+            return
         try:
             job.session.exchange("write", payload, lambda payloads: self._seal(job, payloads), error=failure)
-            if job.transaction is None:
-                self._await_outcome(job)
-                return
             failpoint.reach("before_commit")
             job.session.try_commit()
         except BaseException:
             # Before `committing` nothing of this attempt can become visible any more: it may be taken away.
-            if job.transaction is not None:
-                job.transaction.abandon()
+            job.transaction.abandon()
             raise
         self._publish(job, job.transaction)
+
+    def _write_and_await(self, job: SaveJob, payload: bytes, failure: BaseException | None) -> None:
+        """On the other ranks. Once the payload may have reached the coordinator, a lost contact decides nothing."""
+        try:
+            job.session.exchange("write", payload, _decide_nothing, error=failure)
+            outcome, detail = job.session.await_conclusion()
+        except DckptError:
+            if not job.session.outcome_is_open:
+                raise
+            log.warning("contact was lost while step %d was committed", job.pending.step, exc_info=True)
+            outcome, detail = "unknown", b""
+        if outcome == "committed":
+            self._note_times(job)
+            job.pending.conclude("committed")
+        elif outcome == "failed":
+            raise from_wire(load_json(detail, key="conclusion", limit=MESSAGE_BYTES_MAX))
+        else:
+            self._read_back(job, detail)
 
     def _write(self, job: SaveJob) -> tuple[list[FileEntry], BaseException | None]:
         staging = self._storage.staging_key(job.checkpoint, job.attempt)
@@ -306,31 +323,22 @@ class Saver:
         try:
             transaction.publish()
         except UnknownOutcomeError as error:
-            job.session.conclude("unknown", dump_json(to_wire(error)))
+            self._tell(job, "unknown", dump_json(to_wire(error)))
             raise
         except Exception as error:
-            job.session.conclude("failed", dump_json(to_wire(error)))
+            self._tell(job, "failed", dump_json(to_wire(error)))
             transaction.abandon()
             raise
         failpoint.reach("after_commit")
-        job.session.conclude("committed", b"{}")
+        self._tell(job, "committed", b"")
         self._report_commit(job)
 
-    def _await_outcome(self, job: SaveJob) -> None:
+    def _tell(self, job: SaveJob, outcome: Outcome, detail: bytes) -> None:
+        """The outcome stands whether the others hear of it or not; those who do not hear read it back."""
         try:
-            outcome, detail = job.session.await_conclusion()
+            job.session.conclude(outcome, detail)
         except DckptError:
-            if not job.session.outcome_is_open:
-                raise
-            log.warning("contact was lost while step %d was committed", job.pending.step, exc_info=True)
-            outcome, detail = "unknown", b""
-        if outcome == "committed":
-            self._note_times(job)
-            job.pending.conclude("committed")
-        elif outcome == "failed":
-            raise from_wire(load_json(detail, key="conclusion", limit=MESSAGE_BYTES_MAX))
-        else:
-            self._read_back(job, detail)
+            log.warning("step %d %s, but not every rank could be told", job.pending.step, outcome, exc_info=True)
 
     def _read_back(self, job: SaveJob, detail: bytes) -> None:
         """Contact was lost after `committing`: the medium decides. A name that is there and synced is a commit."""
@@ -368,6 +376,10 @@ class Saver:
             kept,
             time.monotonic() - job.started_s,
         )
+
+
+def _decide_nothing(payloads: list[bytes]) -> bytes:
+    raise AssertionError(f"only the coordinator decides; {len(payloads)} payloads came here")
 
 
 def _rows(payload: bytes) -> list[list[Any]]:

@@ -26,7 +26,9 @@ T = TypeVar("T")
 PART_BYTES = 1 << 20
 CLIENTS_MAX = 16  # more calls than this without an answer: the store is silent
 POSTS_MAX = 256  # queued posts after which heartbeats are dropped
+CLIENTS_WARM = 2  # a rank that waits blocks one and looks around with another
 GRACE_S = 0.25
+RECONNECT_S = 5.0  # a refused connection is tried anew for this long, by the first call after the loss
 _FOREVER = timedelta(days=20)  # torch hands milliseconds to poll(2) as an int: 24 days is its limit
 
 
@@ -118,14 +120,21 @@ class _Job:
 
 
 class _Client:
-    """One store client and the only thread that uses it."""
+    """One store client and the only thread that uses it. The connection is made in that thread, by the first job."""
 
-    def __init__(self, connect: Callable[[], RawStore], became_idle: Callable[[_Client], None] | None) -> None:
-        self._connect = connect
-        self._became_idle = became_idle
-        self.jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self.is_broken = False
+    def __init__(
+        self,
+        connect: Callable[[], RawStore],
+        *,
+        became_idle: Callable[[_Client], None] | None,
+        was_lost: Callable[[_Client, Exception], None],
+    ) -> None:
+        self._connect, self._became_idle, self._was_lost = connect, became_idle, was_lost
         self._lock = threading.Lock()
+        self._current: _Job | None = None
+        self.jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self.is_connected = False
+        self.is_broken = False
         self.thread = threading.Thread(target=self._serve, name="dckpt-ranks", daemon=True)
         self.thread.start()
 
@@ -140,31 +149,36 @@ class _Client:
     def _serve(self) -> None:
         store: RawStore | None = None
         while (job := self.jobs.get()) is not None:
+            self._current = job
             if store is None:
                 connecting = _Job(lambda _: self._connect())
                 connecting.run(_NOTHING)
                 store, job.error = connecting.result, connecting.error
+                self.is_connected = store is not None
             if store is not None:
                 job.run(store)
-            lost = job.error if isinstance(job.error, ContactLostError) or store is None else None
-            if lost is not None:
-                self._break(lost)
-                job.done.set()
+            if job.error is not None and (store is None or isinstance(job.error, ContactLostError)):
+                self.give_up(job.error)
+                self._was_lost(self, job.error)
                 return
+            self._current = None
             # Idle before done: the caller's next call finds this client free and opens no second connection.
             if self._became_idle is not None:
                 self._became_idle(self)
             job.done.set()
             del job
 
-    def _break(self, error: Exception) -> None:
+    def give_up(self, error: Exception) -> None:
+        """Every job that waits here ends with `error`, also one that waits for the connection."""
         with self._lock:
             self.is_broken = True
+            waiting = [self._current]
             while not self.jobs.empty():
-                job = self.jobs.get()
-                if job is not None:
-                    job.error = error
-                    job.done.set()
+                waiting.append(self.jobs.get())
+        for job in waiting:
+            if job is not None:
+                job.error = error
+                job.done.set()
 
 
 class StoreLink:
@@ -176,33 +190,43 @@ class StoreLink:
         self._free: list[_Client] = []
         self._clients: set[_Client] = set()
         self._poster: _Client | None = None
-        self._was_lost = False
+        self._is_lost = False
         self._is_closed = False
 
+    def warm_up(self) -> None:
+        """Opens the connections that a save needs, in the background: a connect can take seconds (reverse DNS)."""
+        for _ in range(CLIENTS_WARM):
+            self._start(lambda store: store.check(["warm"]))
+        self.post(lambda store: store.check(["warm"]))
+
     def call(self, operation: Callable[[RawStore], T], within_s: float) -> T:
-        job = self._start(operation)
+        job, client = self._start(operation)
+        if self._is_lost and not client.is_connected:
+            within_s = min(within_s, RECONNECT_S)
         # A process that was stopped and continued finds its time used up although the answer is a moment away.
         if not job.wait(within_s) and not job.wait(GRACE_S):
+            if self._is_lost:
+                raise ContactLostError(f"no new connection within {within_s:g} s")
             raise NoAnswerError(f"no answer within {within_s:g} s")
+        self._is_lost = False
         result: T = job.result
         return result
 
     def watch(self, key: str) -> Watch:
-        return self._start(lambda store: store.wait([key], _FOREVER))
+        return self._start(lambda store: store.wait([key], _FOREVER))[0]
 
     def post(self, operation: Callable[[RawStore], Any], *, droppable: bool = False) -> None:
         with self._lock:
             if self._is_closed:
                 return
             poster = self._poster
-            if droppable and (self._was_lost or (poster is not None and poster.jobs.qsize() > POSTS_MAX)):
+            if droppable and (self._is_lost or (poster is not None and poster.jobs.qsize() > POSTS_MAX)):
                 return
             if poster is None or poster.is_broken:
-                poster = self._poster = _Client(self._connect, None)
-        if not poster.submit(_Job(operation)):
-            self._was_lost = True
+                poster = self._poster = _Client(self._connect, became_idle=None, was_lost=self._lose)
+        poster.submit(_Job(operation))
 
-    def _start(self, operation: Callable[[RawStore], Any]) -> _Job:
+    def _start(self, operation: Callable[[RawStore], Any]) -> tuple[_Job, _Client]:
         job = _Job(operation)
         while True:
             with self._lock:
@@ -214,17 +238,26 @@ class StoreLink:
                 elif len(self._clients) >= CLIENTS_MAX:
                     raise NoAnswerError(f"{CLIENTS_MAX} calls are still without an answer")
                 else:
-                    client = _Client(self._connect, self._take_back)
+                    client = _Client(self._connect, became_idle=self._take_back, was_lost=self._lose)
                     self._clients.add(client)
             if client.submit(job):
-                return job
+                return job, client
 
     def _take_back(self, client: _Client) -> None:
         with self._lock:
             if self._is_closed:
                 client.jobs.put(None)
-            else:
+            elif not client.is_broken:
                 self._free.append(client)
+
+    def _lose(self, lost: _Client, error: Exception) -> None:
+        """One connection is gone: those that are only being made would try in vain until their time is up."""
+        with self._lock:
+            self._is_lost = True
+            others = [*self._clients, *([] if self._poster is None else [self._poster])]
+        for client in others:
+            if client is not lost and not client.is_connected:
+                client.give_up(error)
 
     def close(self, within_s: float = 1.0) -> None:
         with self._lock:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import resource
 import secrets
 import socket
 import threading
@@ -40,6 +41,8 @@ _dist: Any = dist  # the store classes are missing from its type stubs
 
 LOCALHOST = "127.0.0.1"
 CONNECT_S = 10.0  # at most, for one attempt at one address
+CONNECTIONS_A_RANK = 4
+FILES_BESIDE = 512  # what the training process may have open beside the ranks' connections
 SESSIONS_KEPT = 2  # of each kind, with all their keys
 SESSIONS_REMEMBERED = 16  # of each kind, with their verdict and conclusion, for ranks that come much too late
 SESSIONS_OPEN_MAX = 64  # of each kind; beyond that the oldest is forgotten even if nobody closed it
@@ -80,12 +83,16 @@ class Coordination:
             raise ConfigError(f"deadline_s is {deadline_s}: expected a positive number of seconds")
         if topology.world_size == 1:
             return cls(LocalLink(), topology, deadline_s)
-        rendezvous = _Rendezvous(_default_store(), topology, scope, group, deadline_s)
+        rendezvous = _Rendezvous(default_store(), topology, scope, group, deadline_s)
         try:
             if not topology.is_coordinator:
-                return cls(rendezvous.join(), topology, deadline_s)
+                link = rendezvous.join()
+                link.warm_up()
+                return cls(link, topology, deadline_s)
+            _allow_connections(topology.world_size)
             server = rendezvous.serve()
             link = StoreLink(lambda: _client(LOCALHOST, server.port, deadline_s))
+            link.warm_up()
             return cls(link, topology, deadline_s, server)
         finally:
             rendezvous.close()
@@ -346,6 +353,23 @@ class _Rendezvous:
         return str(store.host) if isinstance(store, _dist.TCPStore) else None
 
 
+def _allow_connections(world_size: int) -> None:
+    """Raises this process's soft limit of open files where the ranks' connections would exceed it."""
+    needed = FILES_BESIDE + CONNECTIONS_A_RANK * world_size
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    if allowed < needed:
+        logger.warning(
+            "rank 0 may hold %d open files and needs about %d for %d ranks: raise the hard limit (ulimit -Hn)",
+            allowed,
+            needed,
+            world_size,
+        )
+
+
 def _try_host(
     host: str, port: int, token: str, deadline_s: float, within_s: float, refusals: list[str]
 ) -> StoreLink | None:
@@ -370,7 +394,8 @@ def _get(store: RawStore, key: str) -> bytes | None:
     return store.get(key) if store.check([key]) else None
 
 
-def _default_store() -> RawStore:
+def default_store() -> RawStore:
+    """The store of the default process group; `ConfigError` if there is none."""
     try:
         return cast(RawStore, _dist.distributed_c10d._get_default_store())
     except (AttributeError, ValueError, RuntimeError) as error:

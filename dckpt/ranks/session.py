@@ -3,6 +3,7 @@
 Keys, under a prefix that no other session has:
 
 * `joined`            ranks that opened the session, as "0,3,"
+* `subject`           what the rank that came first is about, such as its step
 * `beat/<rank>`       a counter that moves while the rank makes progress
 * `<n>/payload/<r>`   what rank r contributes to the n-th exchange; `<n>/arrived` lists the ranks ("3!," failed), `<n>/count`
                       counts them, `<n>/all` wakes the coordinator
@@ -108,8 +109,10 @@ class Session:
         self.what = what
         self.is_closed = False
         self.outcome_is_open = False
-        """True when this rank lost sight of the coordinator after it had given its last payload: it raised an error, yet
+        """True when this rank lost sight of the coordinator and its last payload may have arrived: it raised an error, yet
         the coordinator may have gone on. If that was the last phase before the commit, the checkpoint may exist."""
+        self.error: DckptError | None = None
+        """The error in force, once this rank aborted the session or heard of its abort: the same on every rank."""
         self._link, self._topology, self._prefix = link, topology, prefix
         self._call, self._deadline_s, self._total_s = call, deadline_s, total_s
         self._consequence = consequence
@@ -119,7 +122,9 @@ class Session:
         self._number = 0
         self._phase = "start"
         self._committing_seen = False
+        self._payload_may_be_there = False
         self._verdict_key, self._joined_key = f"{prefix}/verdict", f"{prefix}/joined"
+        self._subject_key = f"{prefix}/subject"
         self._commit_door, self._done_door = f"{prefix}/commit", f"{prefix}/done"
         self._lock = threading.Lock()
         self._written = [self._beat_key(topology.rank)]
@@ -127,6 +132,20 @@ class Session:
             self._written.append(self._joined_key)
         me = f"{topology.rank},"
         link.post(lambda store: store.append(self._joined_key, me))
+
+    def was_missed(self, subject: str) -> bool:
+        """True if the others gave this session up without this rank, and it was about another subject than `subject`.
+
+        Sessions are numbered by their calls: a rank that left one out calls the next too early, finds this, and goes on
+        to the following number. A rank that is only late finds its own subject and hears the error of the others. Asked
+        before the first exchange; raises as `exchange` does when the store cannot be reached.
+        """
+
+        def claim(store: RawStore) -> str:
+            first = store.compare_set(self._subject_key, "", subject).decode("utf-8")
+            return "missed" if _is_abort(self._read_verdict(store)) and first != subject else ""
+
+        return bool(self._guarded(claim))
 
     # -- exchanges -----------------------------------------------------------------------------------------------
 
@@ -155,6 +174,7 @@ class Session:
             return self._run_exchange(keys, payload, decide, error)
         except _AbortedError as aborted:
             self.is_closed = True
+            self.error = aborted.error
             raise aborted.error from (error or aborted.__cause__)
         except (KeyboardInterrupt, SystemExit) as interrupt:
             # This process ends; the others learn why instead of waiting for their deadline.
@@ -168,18 +188,17 @@ class Session:
         decide: Callable[[list[bytes]], bytes],
         error: BaseException | None,
     ) -> bytes:
-        was_posted = False
         try:
             if self._topology.is_coordinator:
                 return self._gather_and_decide(keys, payload, decide, error)
             self._post_payload(keys, payload, error)
-            was_posted = error is None
             result = self._await_door(keys.door, keys.result)
         except ContactLostError:
-            self.outcome_is_open = was_posted
+            self.outcome_is_open = self._payload_may_be_there
             raise _AbortedError(messages.coordinator_lost(self.what, self._phase, self._consequence)) from None
         except NoAnswerError:
-            self.outcome_is_open = was_posted
+            # A payload that is still on its way arrives when the coordinator continues.
+            self.outcome_is_open = error is None and not self._topology.is_coordinator
             self._give_up_on_silence()
         # The coordinator has read it, nobody else does, and payloads may be large.
         own = keys.payload(self._topology.rank)
@@ -191,8 +210,11 @@ class Session:
         record = _RESULT + payload if error is None else _ERROR + messages.failure_to_bytes(error)
         mark = f"{rank}," if error is None else f"{rank}!,"
 
+        self._payload_may_be_there = False
+
         def post(store: RawStore) -> str:
             put(store, keys.payload(rank), record)
+            self._payload_may_be_there = error is None
             store.append(keys.arrived, mark)
             if store.add(keys.count, 1) == world or error is not None:
                 store.set(keys.all, b"1")
@@ -444,22 +466,25 @@ class Session:
             self.is_closed = True
             raise messages.error_from_text(text)
 
-    def abort(self, error: BaseException) -> Literal["abort", "committing"]:
+    def abort(self, error: BaseException, *, phase: str | None = None) -> Literal["abort", "committing"]:
         """Aborts the session unless it is committing; returns what is in force. Any rank may, the first error stands.
 
-        An error that is not already one about ranks becomes a `PeerFailedError` that names this rank. When the store
-        cannot be reached the answer is this rank's own knowledge.
+        An error that is not already one about ranks becomes a `PeerFailedError` that names this rank and `phase` (default:
+        that of the last exchange). What is in force is then in `error`. When the store cannot be reached the answer is
+        this rank's own knowledge.
         """
         if isinstance(error, PeerFailedError | CoordinationTimeoutError):
             shared: DckptError = error
         else:
             failure = (type(error).__name__, messages.sentence(error))
-            shared = messages.peers_failed(self.what, self._phase, {self._topology.rank: failure}, self._consequence)
+            failures = {self._topology.rank: failure}
+            shared = messages.peers_failed(self.what, phase or self._phase, failures, self._consequence)
         try:
             self._abort_with(shared)
-        except _AbortedError:
+        except _AbortedError as aborted:
             if self._committing_seen:
                 return _COMMITTING
+            self.error = aborted.error
         self.is_closed = True
         return "abort"
 
@@ -571,4 +596,4 @@ class Session:
         """The small keys from which a rank that comes much too late learns how the session ended."""
         if not self._topology.is_coordinator:
             return []
-        return [self._verdict_key, self._commit_door, self._done_door]
+        return [self._verdict_key, self._subject_key, self._commit_door, self._done_door]

@@ -168,6 +168,36 @@ def test_a_refused_connection_is_reported_and_tried_anew_by_the_next_call() -> N
     assert link.call(lambda store: store.add("n", 1), 5) == 1
 
 
+def test_a_lost_connection_also_ends_calls_that_wait_for_a_new_one() -> None:
+    """A connect to a server that just died retries for seconds; the loss is known at once."""
+    stuck, lose = threading.Event(), threading.Event()
+    connects: list[int] = []
+
+    def connect() -> RawStore:
+        connects.append(1)
+        if len(connects) == 2:
+            stuck.set()
+            time.sleep(5)
+        return LocalStore()
+
+    def break_off(_: RawStore) -> None:
+        lose.wait(5)
+        raise dist.DistNetworkError("Connection reset by peer")
+
+    link = StoreLink(connect)
+    link.call(lambda store: store.add("n", 1), 5)
+    breaking = threading.Thread(target=lambda: pytest.raises(ContactLostError, link.call, break_off, 5))
+    breaking.start()
+    threading.Thread(target=lambda: (stuck.wait(5), lose.set())).start()
+    started = time.monotonic()
+
+    with pytest.raises(ContactLostError, match="reset by peer"):
+        link.call(lambda store: store.add("n", 1), 5)
+
+    assert time.monotonic() - started < 2
+    breaking.join()
+
+
 def test_a_closed_link_refuses_calls_and_ignores_posts(served: StoreLink) -> None:
     served.close()
     served.close()

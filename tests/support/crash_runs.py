@@ -1,0 +1,342 @@
+"""Small real training runs for crash tests: what a killed process does, and what its successor must find.
+
+Each step is a function of the seed alone, so the state at every step is known beforehand, whoever trained it.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+import dckpt
+from dckpt import checkpointer as checkpointer_module
+from dckpt import failpoint
+from dckpt.catalog.catalog import Catalog
+from dckpt.catalog.generations import list_generations
+from dckpt.catalog.prune import find_leftovers
+from dckpt.storage.local import LocalStorage
+from dckpt.storage.posix import Posix
+from dckpt.tools.target import open_target
+from dckpt.tools.verify_run import verify_target
+from tests.support.fork_server import Child
+from tests.support.models import digests
+
+Digests = dict[str, str]
+Reference = dict[int, Digests]
+"""The state after each step, as the run that nothing interrupts has it."""
+
+Facts = list[dict[str, Any]]
+"""What was acknowledged, oldest first: reports of the kinds committed, generation, pinned, unpinned."""
+
+DEADLINE_S = 2.0
+BULK_BYTES = 256 * 2**10
+
+
+class DataPosition:
+    """Stands for a data loader."""
+
+    def __init__(self) -> None:
+        self.cursor = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"cursor": self.cursor}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.cursor = state["cursor"]
+
+
+class SmallRun:
+    """A complete training state: model with dropout and a large buffer, AdamW, scheduler, data, progress."""
+
+    def __init__(self, rank: int = 0, world_size: int = 1, *, seed: int = 1, bulk_bytes: int = BULK_BYTES) -> None:
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        self.model = nn.Sequential(nn.Linear(8, 17), nn.Dropout(0.1), nn.Linear(17, 8))
+        # Moves at each step, so that a file of one step is never mistaken for that of another.
+        self.model.register_buffer("bulk", torch.arange(bulk_bytes // 8))
+        if world_size > 1:
+            fully_shard(self.model)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.01, foreach=False)
+        self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, step_size=3, gamma=0.9)
+        self.data = DataPosition()
+        self.progress = dckpt.TrainProgress(
+            max_steps=10**6, batch=dckpt.Batch(micro=4, accumulation=1, data_parallel=world_size)
+        )
+        self.state = dckpt.TrainState(
+            model=self.model,
+            optimizer=self.optimizer,
+            scheduler=self.scheduler,
+            data=self.data,
+            progress=self.progress,
+        )
+        torch.manual_seed(1000 * seed + rank)
+
+    @property
+    def step(self) -> int:
+        return self.progress.step
+
+    def train(self, steps: int = 1) -> None:
+        for _ in range(steps):
+            loss = self.model(torch.randn(4, 8)).square().mean()
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            self.optimizer.step()
+            self.scheduler.step()
+            with torch.no_grad():
+                self.model.get_buffer("bulk").add_(1)
+            self.data.cursor += 4
+            self.progress.advance()
+
+    def differences(self, reference: Reference) -> list[str]:
+        """What is not as the uninterrupted run has it at this step. A collective on several ranks."""
+        found, expected = digests(self.state), reference[self.step]
+        names = sorted(found.keys() | expected.keys())
+        return [f"step {self.step}: {name} differs" for name in names if found.get(name) != expected.get(name)]
+
+
+def rehearse() -> None:
+    """Imports and builds everything that a run needs, in this process."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as directory:
+        for _ in range(2):
+            run = SmallRun()
+            with dckpt.Checkpointer(directory, signals=()) as checkpointer:
+                checkpointer.resume(run.state)
+                run.train()
+                checkpointer.save(run.state, blocking=True)
+            digests(run.state)
+
+
+# --- programs for the fork server
+
+
+def compute_reference(child: Child, steps: int) -> None:
+    """Reports the digests after each step of a straight run."""
+    run = _start_run(child)
+    for _ in range(steps):
+        run.train()
+        child.report("step", step=run.step, digests=digests(run.state))
+
+
+def commit_steps(child: Child, root: str, steps: int) -> None:
+    """Resumes or starts, commits one checkpoint after each of `steps` steps, and ends well."""
+    run = _start_run(child)
+    with open_checkpointer(root) as checkpointer:
+        checkpointer.resume(run.state)
+        for _ in range(steps):
+            train_and_commit(child, run, checkpointer, root)
+
+
+def save_until_point(
+    child: Child,
+    root: str,
+    point: str,
+    hit: int,
+    victim: int,
+    action: Literal["kill", "stop"],
+    last: int | None,
+    careless: Careless,
+) -> None:
+    """Resumes and saves one more step; the rank `victim` is killed or stopped when it passes the point for the nth time.
+
+    Survivors report how their save ended.
+    """
+    _forget_syncs(careless)
+    run = _start_run(child)
+    with open_checkpointer(root, last=last) as checkpointer:
+        checkpointer.resume(run.state)
+        run.train()
+        if child.rank == victim:
+            arm(child, point, hit, action)
+        train_and_commit(child, run, checkpointer, root, advance=0)
+
+
+def count_points(child: Child, root: str, last: int | None) -> None:
+    """Saves one more step untouched and reports how often this rank passed each point."""
+    run = _start_run(child)
+    with open_checkpointer(root, last=last) as checkpointer:
+        checkpointer.resume(run.state)
+        run.train()
+        failpoint.arm({})
+        train_and_commit(child, run, checkpointer, root, advance=0)
+    child.report("points", hits={name: failpoint.hits(name) for name in failpoint.POINTS})
+
+
+def save_until_cut(child: Child, root: str, last: int | None, careless: Careless) -> None:
+    """Resumes or starts, says "ready", then trains and saves until somebody ends it."""
+    _forget_syncs(careless)
+    run = _start_run(child)
+    checkpointer = open_checkpointer(root, last=last)
+    checkpointer.resume(run.state)
+    child.report("ready", step=run.step)
+    for _ in range(50):
+        train_and_commit(child, run, checkpointer, root)
+
+
+def pin_and_wait(child: Child, root: str, wish: str, name: str) -> None:
+    """Pins or unpins, says so, and waits for its end."""
+    catalog = Catalog(LocalStorage(root))
+    (catalog.pin if wish == "pinned" else catalog.unpin)(name)
+    child.report(wish, name=name)
+    time.sleep(60)
+
+
+def examine(child: Child, root: str, reference: Reference, facts: Facts, is_all_kept: bool) -> None:
+    """Reports everything that is not as promised, and the latest step that was found.
+
+    The run is verified whole, compared with what was acknowledged, resumed, compared with the uninterrupted run,
+    trained and saved again; after that nothing is left of the dead.
+    """
+    problems, latest = look(root, facts, is_all_kept=is_all_kept) if child.rank == 0 else ([], None)
+    if latest is not None or child.world_size > 1:
+        problems += go_on(child, root, reference, latest)
+    child.report("examined", latest=latest, problems=problems)
+
+
+Careless = Literal["", "files", "directories"]
+
+
+class CarelessPosix(Posix):
+    """A program that forgot its fsyncs: of files, or of directories."""
+
+    def __init__(self, forgets: Careless) -> None:
+        self._forgets = forgets
+
+    def fsync(self, fd: int) -> None:
+        kind = "directories" if os.path.isdir(f"/proc/self/fd/{fd}") else "files"
+        if kind != self._forgets:
+            super().fsync(fd)
+
+
+def _forget_syncs(careless: Careless) -> None:
+    if careless:
+        checkpointer_module.open_storage = lambda url: LocalStorage(url, CarelessPosix(careless))
+
+
+def _start_run(child: Child) -> SmallRun:
+    if child.world_size > 1:
+        dist.init_process_group(
+            "gloo", init_method=f"file://{child.rendezvous}", rank=child.rank, world_size=child.world_size
+        )
+    return SmallRun(child.rank, child.world_size)
+
+
+# --- what they are made of
+
+
+def open_checkpointer(root: str, *, last: int | None = None, **options: Any) -> dckpt.Checkpointer:
+    retention = dckpt.Retention(last=last)
+    return dckpt.Checkpointer(root, retention=retention, deadline_s=DEADLINE_S, signals=(), **options)
+
+
+def train_and_commit(
+    child: Child, run: SmallRun, checkpointer: dckpt.Checkpointer, root: str, *, advance: int = 1
+) -> None:
+    """One more step, saved; reports the acknowledgement only when the save says so, and how it failed otherwise."""
+    run.train(advance)
+    child.report("saving", step=run.step)
+    started = time.monotonic()
+    pending = checkpointer.save(run.state, blocking=True)
+    seconds = time.monotonic() - started
+    if pending.outcome == "committed":
+        child.report("committed", step=run.step, name=pending.checkpoint, seconds=seconds)
+    else:
+        error = type(pending.error).__name__
+        child.report("not committed", outcome=pending.outcome, error=error, text=str(pending.error), seconds=seconds)
+
+
+def arm(child: Child, point: str, hit: int, action: Literal["kill", "stop"]) -> None:
+    number = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[action]
+
+    def act() -> None:
+        if failpoint.hits(point) == hit:
+            child.report("reached", point=point, hit=hit)
+            os.kill(os.getpid(), number)
+
+    failpoint.arm({point: act})
+
+
+def look(root: str, facts: Facts, *, is_all_kept: bool) -> tuple[list[str], int | None]:
+    """What is wrong with the run as it lies there, and the latest step of its line."""
+    acknowledged = {fact["name"]: fact["step"] for fact in facts if fact["kind"] == "committed"}
+    storage = LocalStorage(root)
+    catalog = Catalog(storage)
+    present = {item.name for item in catalog.checkpoints()}
+    if not present:
+        return [f"acknowledged but lost: {sorted(acknowledged)}"] if acknowledged else [], None
+    report = verify_target(open_target(root), is_all=True)
+    problems = [f"{damage.file}: {damage.what}" for damage in report.run_damages]
+    for found in report.checkpoints:
+        problems += [f"{damage.file}: {damage.what}" for damage in found.damages]
+        if found.verdict != "COMPLETE":
+            problems.append(f"{found.checkpoint} is {found.verdict}")
+    if is_all_kept:
+        problems += [f"acknowledged but lost: {name}" for name in sorted(acknowledged.keys() - present)]
+    latest = catalog.resolve("latest").step
+    if latest < max(acknowledged.values(), default=0):
+        problems.append(f"latest is step {latest}, behind the acknowledged {max(acknowledged.values())}")
+    for name in {fact["name"] for fact in facts if fact["kind"] in ("pinned", "unpinned")}:
+        wish = [fact["kind"] for fact in facts if fact.get("name") == name and "pinned" in fact["kind"]][-1]
+        if (name in catalog.pins()) != (wish == "pinned"):
+            problems.append(f"acknowledged as {wish}, and it is not: {name}")
+    return problems, latest
+
+
+def go_on(child: Child, root: str, reference: Reference, latest: int | None) -> list[str]:
+    """Resumes from what is there, trains, and saves twice; what went otherwise than in an untouched run."""
+    storage = LocalStorage(root)
+    before = _leftovers(storage)
+    run = SmallRun(child.rank, child.world_size, seed=7) if child.world_size == 1 else _start_run(child)
+    with open_checkpointer(root) as checkpointer:
+        report = checkpointer.resume(run.state)
+        assert report is not None
+        problems = run.differences(reference)
+        if child.rank == 0 and run.step != latest:
+            problems.append(f"resumed at step {run.step}, the latest is {latest}")
+        run.train()
+        pending = checkpointer.save(run.state, blocking=True)
+        if pending.outcome != "committed":
+            problems.append(f"the next save: {pending.outcome}, {pending.error}")
+        problems += run.differences(reference)
+        steps = checkpointer.steps()
+        if not steps or steps[-1] != run.step:
+            problems.append(f"after the save of step {run.step}: steps {steps}")
+    if child.rank == 0:
+        child.report("leftovers", before=before)
+        problems += [f"still there after the next commit: {name}" for name in _leftovers(storage)]
+        problems += [f"{found.checkpoint} is {found.verdict}" for found in _verify_latest(root)]
+    return problems
+
+
+def _verify_latest(root: str) -> list[Any]:
+    report = verify_target(open_target(f"{root}@latest"))
+    return [found for found in report.checkpoints if found.verdict != "COMPLETE"]
+
+
+def _leftovers(storage: LocalStorage) -> list[str]:
+    return [item.name for item in find_leftovers(storage, older_than_s=0, now_unix_s=time.time() + 10)]
+
+
+def newest_generation(root: str | Path) -> int:
+    return max(list_generations(LocalStorage(root)), default=0)
+
+
+def reference_of(fates: list[Any]) -> list[Reference]:
+    """By rank, from the reports of `compute_reference`."""
+    return [{fact["step"]: fact["digests"] for fact in fate.all("step")} for fate in fates]
+
+
+Program = Callable[..., None]

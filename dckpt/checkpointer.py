@@ -9,7 +9,7 @@ import signal
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Literal
 
@@ -20,7 +20,7 @@ from dckpt.engine.keeper import Keeper
 from dckpt.engine.loader import Loaded, Loader, LoadOptions
 from dckpt.engine.pending import PendingSave
 from dckpt.engine.refusal import REFUSALS
-from dckpt.engine.saver import Saver, SaveRequest, as_dckpt_error
+from dckpt.engine.saver import SaveJob, Saver, SaveRequest
 from dckpt.engine.signals import SignalWatch
 from dckpt.engine.worker import SaveThread
 from dckpt.errors import (
@@ -110,7 +110,6 @@ class Checkpointer:
         self._give_up_after = give_up_after
         self._skip_when_busy = when_busy == "skip"
         self._failures = 0
-        self._busy_checks = 0
         self._in_flight: PendingSave | None = None
         self._last: _LastSave | None = None
         self._closed = False
@@ -170,12 +169,16 @@ class Checkpointer:
         self._ensure_not_poisoned()
         started = time.monotonic()
         request = self._request(state, step, metrics or {})
-        again = self._same_step(state, request)
-        if again is not None:
-            return again
+        if self._is_same_step(request):
+            refusal = self._unmoved_step(state, request)
+            request = replace(request, refusal=refusal)
+            # Ranks learn an outcome at slightly different times; only a known one is the same on all of them.
+            self._wait_in_flight()
+            last = self._last
+            if refusal is None and last is not None and last.pending.outcome != "failed":
+                return last.pending
         self._wait_in_flight()
         pending = PendingSave(request.step, request.micro_step)
-        self._last = _LastSave(request.step, request.micro_step, state.optimizer_steps, pending)
         self._cadence.note_save()
         self._start(state, request, pending, started)
         if blocking:
@@ -184,21 +187,19 @@ class Checkpointer:
         return pending
 
     def _start(self, state: TrainState, request: SaveRequest, pending: PendingSave, started: float) -> None:
+        before = self._last
+        self._last = _LastSave(request.step, request.micro_step, state.optimizer_steps, pending)
         self._in_flight = pending
         try:
-            job = self._saver.start(state, request, pending)
-        except REFUSALS as error:
-            pending.conclude("failed", as_dckpt_error(error))
-            self._in_flight = None
+            self._saver.start(state, request, pending, self._hand_over, started_s=started)
+        except REFUSALS:
+            # Nothing was tried: the next call is compared with the save before this one.
+            self._in_flight, self._last = None, before
             raise
-        except Exception as error:  # noqa: BLE001 - a failed save must not end training; the policy decides
-            pending.conclude("failed", as_dckpt_error(error))
+        except Exception:  # noqa: BLE001 - a failed save must not end training; it is in `pending`, the policy decides
             self._collect()
-            return
-        except BaseException as error:
-            pending.conclude("failed", as_dckpt_error(error))
-            raise
-        pending.seconds_stalled = time.monotonic() - started
+
+    def _hand_over(self, job: SaveJob) -> None:
         self._thread.submit(lambda: self._saver.finish(job))
 
     def _request(self, state: TrainState, step: int | None, metrics: Mapping[str, float]) -> SaveRequest:
@@ -217,28 +218,33 @@ class Checkpointer:
             )
         return SaveRequest(step=step, micro_step=micro_step, metrics=dict(metrics))
 
-    def _same_step(self, state: TrainState, request: SaveRequest) -> PendingSave | None:
+    def _is_same_step(self, request: SaveRequest) -> bool:
         last = self._last
-        if last is None or (last.step, last.micro_step) != (request.step, request.micro_step):
+        return last is not None and (last.step, last.micro_step) == (request.step, request.micro_step)
+
+    def _unmoved_step(self, state: TrainState, request: SaveRequest) -> ConfigError | None:
+        """Why a step that was saved before cannot be saved again: it stands for another state now."""
+        last = self._last
+        if last is None or last.optimizer_steps == state.optimizer_steps:
             return None
-        if last.optimizer_steps != state.optimizer_steps:
-            raise ConfigError(
-                f"Save of step {request.step}: this step was saved before, and the optimizer has moved since (from "
-                f"{last.optimizer_steps} to {state.optimizer_steps} calls of step()). Call progress.advance() after each "
-                "optimizer.step(), on every rank."
-            )
-        # Ranks learn an outcome at slightly different times; only a known one is the same on all of them.
-        self._wait_in_flight()
-        return None if last.pending.outcome == "failed" else last.pending
+        return ConfigError(
+            f"Save of step {request.step}: this step was saved before, and the optimizer has moved since (from "
+            f"{last.optimizer_steps} to {state.optimizer_steps} calls of step()). Call progress.advance() after each "
+            "optimizer.step(), on every rank."
+        )
 
     def _is_busy_anywhere(self, step: int) -> bool:
         """Agreed by all ranks: one rank that skips while another saves would leave the other waiting."""
-        self._busy_checks += 1
         busy = self._in_flight is not None and not self._in_flight.done
         session = self._coordination.session(
-            f"busy-{self._busy_checks}", what=f"save of step {step}", call=f"step(state) at step {step}"
+            f"busy-{step}", what=f"save of step {step}", call=f"step(state) at step {step}"
         )
-        answer = session.exchange("busy", b"1" if busy else b"0", lambda payloads: b"1" if b"1" in payloads else b"0")
+        try:
+            answer = session.exchange("busy", b"1" if busy else b"0", _any_busy)
+        except DckptError as error:
+            # All ranks hear it, so all of them skip; a save that cannot be agreed on must not end training.
+            log.error("save of step %d skipped: %s", step, error)  # noqa: TRY400
+            return True
         if answer == b"1" and self._topology.is_coordinator:
             log.warning("save of step %d skipped: the save before it is still in flight", step)
         return answer == b"1"
@@ -446,6 +452,10 @@ class Checkpointer:
                 f"Save: the load of {name} failed after it had changed live tensors, so the state is a mixture. Load or "
                 "resume successfully before saving."
             )
+
+
+def _any_busy(payloads: list[bytes]) -> bytes:
+    return b"1" if b"1" in payloads else b"0"
 
 
 def _close_at_exit(reference: weakref.ref[Checkpointer]) -> Callable[[], None]:

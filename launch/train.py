@@ -177,66 +177,71 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module) -> tuple[torch.o
     return optimizer, LambdaLR(optimizer, factor)
 
 
-def share_gradients(model: nn.Module, now: bool) -> None:
-    """In the next backward average gradients over the ranks only if `now`: once a step, whatever the accumulation."""
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(now)
-    elif isinstance(model, DistributedDataParallel):
-        model.require_backward_grad_sync = now
+class Trainer:
+    """Plain PyTorch: the objects that make up the training, one optimizer step, one evaluation."""
 
+    def __init__(self, args: argparse.Namespace, rank: int, world: int, device: torch.device) -> None:
+        self.args, self.rank, self.world, self.device = args, rank, world, device
+        text = read_text(args.data)
+        windows = np.lib.stride_tricks.sliding_window_view(text, args.context + 1)[:: args.context]
+        self.learned, self.held_out = windows[: -args.global_batch], windows[-args.global_batch :]
+        digest = hashlib.sha256(text).hexdigest()
+        self.samples = Samples(len(self.learned), text=digest, global_batch=args.global_batch, seed=args.seed)
+        self.model = build_model(args, rank, device)
+        self.optimizer, self.scheduler = build_optimizer(args, self.model)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=args.scaler)
 
-def mean_over_ranks(value: torch.Tensor) -> float:
-    if not dist.is_initialized():
-        return value.item()
-    dist.all_reduce(value)
-    return value.item() / dist.get_world_size()
+    def step(self) -> float:
+        """One optimizer step over a global batch; its mean loss over all ranks."""
+        loss = torch.zeros((), device=self.device)
+        parts = np.split(self.samples.next_batch()[self.rank :: self.world], self.args.accumulation)
+        for number, chosen in enumerate(parts, start=1):
+            self._share_gradients(number == len(parts))
+            part_loss = self._loss_of(self.learned[chosen]) / len(parts)
+            self.scaler.scale(part_loss).backward()
+            loss += part_loss.detach()
+        self.scaler.unscale_(self.optimizer)
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        self.samples.advance()
+        return self._mean_over_ranks(loss)
+
+    def evaluate(self) -> float:
+        """The mean loss on text that is never learned. Training flags and random streams are put back afterwards."""
+        with dckpt.evaluating(self.model), torch.no_grad():
+            return self._mean_over_ranks(self._loss_of(self.held_out[self.rank :: self.world]))
+
+    def _loss_of(self, rows: np.ndarray) -> torch.Tensor:
+        tokens = torch.from_numpy(rows.astype(np.int64)).to(self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16):
+            return F.cross_entropy(self.model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+
+    def _share_gradients(self, now: bool) -> None:  # once a step, whatever the accumulation
+        if isinstance(self.model, FSDPModule):
+            self.model.set_requires_gradient_sync(now)
+        elif isinstance(self.model, DistributedDataParallel):
+            self.model.require_backward_grad_sync = now
+
+    def _mean_over_ranks(self, value: torch.Tensor) -> float:
+        if dist.is_initialized():
+            dist.all_reduce(value)
+        return value.item() / self.world
 
 
 def train(args: argparse.Namespace, rank: int, world: int, device: torch.device) -> int:
-    text = read_text(args.data)
-    windows = np.lib.stride_tricks.sliding_window_view(text, args.context + 1)[:: args.context]
-    learned, held_out = windows[: -args.global_batch], windows[-args.global_batch :]
-    digest = hashlib.sha256(text).hexdigest()
-    samples = Samples(len(learned), text=digest, global_batch=args.global_batch, seed=args.seed)
-    model = build_model(args, rank, device)
-    optimizer, scheduler = build_optimizer(args, model)
-    scaler = torch.amp.GradScaler(device.type, enabled=args.scaler)
-
-    def loss_of(rows: np.ndarray) -> torch.Tensor:
-        tokens = torch.from_numpy(rows.astype(np.int64)).to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-            return F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
-
-    def train_step() -> float:
-        loss = torch.zeros((), device=device)
-        mine = samples.next_batch()[rank::world]
-        for part, chosen in enumerate(np.split(mine, args.accumulation), start=1):
-            share_gradients(model, now=part == args.accumulation)
-            micro_loss = loss_of(learned[chosen]) / args.accumulation
-            scaler.scale(micro_loss).backward()
-            loss += micro_loss.detach()
-        scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        scaler.step(optimizer)
-        scaler.update()
-        scheduler.step()
-        optimizer.zero_grad()
-        samples.advance()
-        return mean_over_ranks(loss)
-
-    def evaluate() -> float:
-        with dckpt.evaluating(model), torch.no_grad():  # training flags and random streams are put back afterwards
-            return mean_over_ranks(loss_of(held_out[rank::world]))
-
+    trainer = Trainer(args, rank, world, device)
     micro = args.global_batch // (args.accumulation * world)
     batch = dckpt.Batch(micro=micro, accumulation=args.accumulation, data_parallel=world)
     progress = dckpt.TrainProgress(max_steps=args.steps, batch=batch)
     state = dckpt.TrainState(  # all that must survive; the random streams of every rank are always part of it
-        model=model,
-        optimizer=optimizer,
-        scheduler=scheduler,
-        scaler=scaler if args.scaler else None,
-        data=samples,
+        model=trainer.model,
+        optimizer=trainer.optimizer,
+        scheduler=trainer.scheduler,
+        scaler=trainer.scaler if args.scaler else None,
+        data=trainer.samples,
         progress=progress,
     )
     every = dckpt.Every(steps=args.save_every)
@@ -250,12 +255,12 @@ def train(args: argparse.Namespace, rank: int, world: int, device: torch.device)
         if args.resume != "never" and checkpointer.resume(state) is None and args.resume == "must":
             raise SystemExit(f"--resume must: expected a checkpoint in {args.checkpoint}, found none.")
         while not progress.done:
-            lr, begun = scheduler.get_last_lr()[0], time.monotonic()
-            loss = train_step()
+            lr, begun = trainer.scheduler.get_last_lr()[0], time.monotonic()
+            loss = trainer.step()
             progress.advance(loss=loss)
             row = {"step": progress.step, "loss": loss, "lr": lr, "world_size": world, "time": time.time()}
             if args.evaluate_every and progress.step % args.evaluate_every == 0:
-                row["val_loss"] = evaluate()
+                row["val_loss"] = trainer.evaluate()
                 checkpointer.save(state, metrics={"val_loss": row["val_loss"]})
             print(json.dumps(row), file=log)
             if rank == 0 and progress.step % 10 == 0:

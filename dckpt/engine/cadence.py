@@ -127,7 +127,9 @@ class Cadence:
         )
         ahead = 1
         if self._last_check is not None and step > self._last_check[0]:
-            seconds_a_step = (now - self._last_check[1]) / (step - self._last_check[0])
-            ahead = max(1, int(CHECK_INTERVAL_S / max(seconds_a_step, 1e-6)))
+            taken = step - self._last_check[0]
+            seconds_a_step = (now - self._last_check[1]) / taken
+            # At most twice as far as last time: a few quick steps say little about those that follow.
+            ahead = max(1, min(2 * taken, int(CHECK_INTERVAL_S / max(seconds_a_step, 1e-6))))
         self._last_check = (step, now)
         return dump_json({"save": late, "stop": signal.decode() if signal else None, "next": step + ahead})

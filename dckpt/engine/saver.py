@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,15 +18,24 @@ from dckpt.catalog.prune import find_leftovers, sweep
 from dckpt.catalog.transaction import Transaction, read_attempt
 from dckpt.engine.lineage import Lineage
 from dckpt.engine.pending import Outcome, PendingSave
-from dckpt.engine.plan import RankPlan, SaveLayout, decide_layout, plan_files
+from dckpt.engine.plan import RankPlan, SaveLayout, WriteItem, decide_layout, plan_files
 from dckpt.engine.refusal import REFUSALS, encode_refusal, raise_refusals
 from dckpt.engine.staging import LocalState, stage
-from dckpt.errors import ConfigError, DckptError, StorageError, UnknownOutcomeError, from_wire, to_wire
+from dckpt.errors import (
+    ConfigError,
+    CorruptCheckpointError,
+    DckptError,
+    StorageError,
+    UnknownOutcomeError,
+    from_wire,
+    to_wire,
+)
 from dckpt.format.layout import checkpoint_name
 from dckpt.format.manifest import FileEntry, Manifest, Mesh
 from dckpt.format.shard_file import ShardFilePlan
 from dckpt.format.values import dump_json, load_json
 from dckpt.ranks.coordination import Coordination
+from dckpt.ranks.messages import format_ranks
 from dckpt.ranks.session import Session
 from dckpt.ranks.topology import Topology
 from dckpt.resume.facts import collect_facts, writer_versions
@@ -50,7 +61,24 @@ class SaveJob:
     transaction: Transaction | None = None  # the coordinator's
     manifest: Callable[[tuple[FileEntry, ...]], Manifest] | None = None
     layout: SaveLayout | None = None
-    bytes_done: int = field(default=0)
+    bytes_done: int = 0
+    claimed: threading.Lock = field(default_factory=threading.Lock)
+
+    def claim(self) -> bool:
+        """True for the first caller: either the saving thread finishes the job or an interrupted `start` ends it."""
+        return self.claimed.acquire(blocking=False)
+
+
+@dataclass
+class _Beginning:
+    """How far `start` came: what is to be undone when it fails."""
+
+    phase: str = "plan"
+    session: Session | None = None
+    transaction: Transaction | None = None
+    manifest: Callable[[tuple[FileEntry, ...]], Manifest] | None = None
+    layout: SaveLayout | None = None
+    job: SaveJob | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +88,7 @@ class SaveRequest:
     step: int
     micro_step: int
     metrics: Mapping[str, float]
+    refusal: ConfigError | None = None  # why this rank cannot save; all ranks raise it together
 
 
 def as_dckpt_error(error: BaseException) -> DckptError:
@@ -86,71 +115,121 @@ class Saver:
         self._saves = 0
         self.lineage = Lineage(storage)
 
-    def start(self, state: TrainState, request: SaveRequest, pending: PendingSave) -> SaveJob:
-        """Agrees on the plan with all ranks and copies this rank's part; when it returns, the state may change.
+    def start(
+        self,
+        state: TrainState,
+        request: SaveRequest,
+        pending: PendingSave,
+        hand_over: Callable[[SaveJob], None],
+        *,
+        started_s: float,
+    ) -> None:
+        """Agrees on the plan with all ranks, copies this rank's part and hands the rest over for `finish`.
 
-        Every rank raises the same error if any rank failed, and nothing is left to write.
+        When it returns, the state may change. Every rank raises the same error if any rank failed; `pending` is then
+        concluded. An interrupt of this thread after the hand-over leaves the save to the thread that took it.
         """
-        started = time.monotonic()
-        self._saves += 1
-        step = request.step
-        session = self._coordination.session(
-            f"save-{self._saves}", what=f"save of step {step}", call=f"save(step={step})"
-        )
+        begun = _Beginning()
+        try:
+            begun.session = session = self._open_session(request)
+            local, decision = self._agree_on_plan(state, request, session, begun)
+            begun.phase = "stage"
+            failpoint.reach("plan_agreed")
+            files = self._files_to_write(local, decision)
+            images = stage(local, files, self._buffer)
+            pending.checkpoint = decision["checkpoint"]
+            pending.mark_staged()
+            pending.seconds_stalled = time.monotonic() - started_s
+            begun.job = SaveJob(
+                pending=pending,
+                session=session,
+                checkpoint=decision["checkpoint"],
+                attempt=decision["attempt"],
+                files=[(plan, image) for (plan, _), image in zip(files, images, strict=True)],
+                started_s=started_s,
+                transaction=begun.transaction,
+                manifest=begun.manifest,
+                layout=begun.layout,
+            )
+            hand_over(begun.job)
+        except BaseException as error:
+            if begun.job is not None and not begun.job.claim():
+                raise
+            shared = self._abort(begun.session, begun.transaction, error, phase=begun.phase)
+            pending.conclude("failed", as_dckpt_error(shared))
+            if shared is error or not isinstance(error, Exception):
+                raise
+            raise shared from error
+
+    def _open_session(self, request: SaveRequest) -> Session:
+        """The session of the next save. One that the other ranks gave up without this rank is left out."""
+        while True:
+            self._saves += 1
+            session = self._coordination.session(
+                f"save-{self._saves}", what=f"save of step {request.step}", call=f"save(step={request.step})"
+            )
+            if not session.was_missed(f"{request.step}.{request.micro_step}"):
+                return session
+            session.close()
+            log.warning(
+                "rank %d did not call an earlier save, which the other ranks gave up; it joins again with step %d",
+                self._topology.rank,
+                request.step,
+            )
+
+    def _agree_on_plan(
+        self, state: TrainState, request: SaveRequest, session: Session, begun: _Beginning
+    ) -> tuple[LocalState, dict[str, Any]]:
         local, failure = self._capture(state, request)
         refusal = failure if isinstance(failure, REFUSALS) else None
-        context: dict[str, Any] = {}
 
         def decide(payloads: list[bytes]) -> bytes:
-            return self._decide(payloads, request, local, state, context)
+            with self._naming_rank(session, "plan"):
+                return self._decide(payloads, request, local, state, begun)
 
         payload = encode_refusal(refusal) if refusal else local.plan.encode() if local is not None else b""
-        decision = load_json(
+        decision: dict[str, Any] = load_json(
             session.exchange("plan", payload, decide, error=None if refusal else failure),
             key="decision of the coordinator",
             limit=MESSAGE_BYTES_MAX,
         )
         assert local is not None
-        try:
-            failpoint.reach("plan_agreed")
-            skips = [(tensor, box) for tensor, box in decision["skips"][self._topology.rank]]
-            files = plan_files(
-                self._topology.rank,
-                local.plan,
-                skips,
-                frozenset(decision["rank_tensors"]),
-                frozenset(decision["rank_values"]),
-            )
-            images = stage(local, files, self._buffer)
-        except BaseException as error:
-            self._abort(session, context.get("transaction"), error)
-            raise
-        pending.checkpoint = decision["checkpoint"]
-        pending.mark_staged()
-        return SaveJob(
-            pending=pending,
-            session=session,
-            checkpoint=decision["checkpoint"],
-            attempt=decision["attempt"],
-            files=[(plan, image) for (plan, _), image in zip(files, images, strict=True)],
-            started_s=started,
-            transaction=context.get("transaction"),
-            manifest=context.get("manifest"),
-            layout=context.get("layout"),
-        )
+        return local, decision
+
+    def _files_to_write(
+        self, local: LocalState, decision: dict[str, Any]
+    ) -> list[tuple[ShardFilePlan, list[WriteItem]]]:
+        skips = [(tensor, box) for tensor, box in decision["skips"][self._topology.rank]]
+        rank_tensors, rank_values = frozenset(decision["rank_tensors"]), frozenset(decision["rank_values"])
+        return plan_files(self._topology.rank, local.plan, skips, rank_tensors, rank_values)
 
     def _capture(self, state: TrainState, request: SaveRequest) -> tuple[LocalState | None, BaseException | None]:
         try:
+            if request.refusal is not None:
+                raise request.refusal
             failpoint.reach("before_plan")
             coordinates = state.coordinates() or {"rank": self._topology.rank}
             return LocalState(state.capture(), request.step, request.micro_step, coordinates), None
         except Exception as error:  # noqa: BLE001 - it travels to all ranks, which raise it together
             return None, error
 
-    def _abort(self, session: Session, transaction: Transaction | None, error: BaseException) -> None:
-        verdict = session.abort(as_dckpt_error(error))
-        if transaction is not None and verdict == "abort":
+    def _abort(
+        self, session: Session | None, transaction: Transaction | None, error: BaseException, *, phase: str
+    ) -> BaseException:
+        """Tells the other ranks and takes the attempt away; returns the error that all ranks raise."""
+        is_aborted = session is None or session.is_closed or session.abort(error, phase=phase) == "abort"
+        if transaction is not None and is_aborted:
             transaction.abandon()
+        return error if session is None or session.error is None else session.error
+
+    @contextlib.contextmanager
+    def _naming_rank(self, session: Session, phase: str) -> Iterator[None]:
+        """An error of the storage keeps its type and says which rank of which save met it."""
+        try:
+            yield
+        except (StorageError, CorruptCheckpointError) as error:
+            where = f"{session.what}: {format_ranks([self._topology.rank])} failed in phase {phase}: "
+            raise type(error)(where + error.message, **error.fields()) from error
 
     def _decide(
         self,
@@ -158,7 +237,7 @@ class Saver:
         request: SaveRequest,
         local: LocalState | None,
         state: TrainState,
-        context: dict[str, Any],
+        begun: _Beginning,
     ) -> bytes:
         """On the coordinator: from the plans of all ranks to one attempt, begun on storage."""
         raise_refusals(payloads)
@@ -173,10 +252,10 @@ class Saver:
         layout = decide_layout(plans)
         name = checkpoint_name(request.step, generation, request.micro_step)
         attempt = uuid.uuid4().hex
-        transaction = Transaction(self._storage, checkpoint=name, attempt=attempt, generation=generation)
-        transaction.begin()
-        base = self._describe(request, local, layout, plans, generation, attempt, state)
-        context.update(transaction=transaction, layout=layout, manifest=base)
+        begun.layout = layout
+        begun.manifest = self._describe(request, local, layout, plans, generation, attempt, state)
+        begun.transaction = Transaction(self._storage, checkpoint=name, attempt=attempt, generation=generation)
+        begun.transaction.begin()
         return dump_json(
             {
                 "checkpoint": name,
@@ -241,6 +320,8 @@ class Saver:
 
     def finish(self, job: SaveJob) -> None:
         """Writes, agrees and commits; concludes `job.pending` whatever happens and never raises an `Exception`."""
+        if not job.claim():
+            return
         try:
             self._write_and_commit(job)
         except UnknownOutcomeError as error:
@@ -261,10 +342,12 @@ class Saver:
             job.session.exchange("write", payload, lambda payloads: self._seal(job, payloads), error=failure)
             failpoint.reach("before_commit")
             job.session.try_commit()
-        except BaseException:
+        except BaseException as error:
             # Before `committing` nothing of this attempt can become visible any more: it may be taken away.
-            job.transaction.abandon()
-            raise
+            shared = self._abort(job.session, job.transaction, error, phase="commit")
+            if shared is error or not isinstance(error, Exception):
+                raise
+            raise shared from error
         self._publish(job, job.transaction)
 
     def _write_and_await(self, job: SaveJob, payload: bytes, failure: BaseException | None) -> None:
@@ -272,18 +355,18 @@ class Saver:
         try:
             job.session.exchange("write", payload, _decide_nothing, error=failure)
             outcome, detail = job.session.await_conclusion()
-        except DckptError:
+        except DckptError as error:
             if not job.session.outcome_is_open:
                 raise
-            log.warning("contact was lost while step %d was committed", job.pending.step, exc_info=True)
-            outcome, detail = "unknown", b""
+            self._read_back(job, error)
+            return
         if outcome == "committed":
             self._note_times(job)
             job.pending.conclude("committed")
-        elif outcome == "failed":
+        elif detail:
             raise from_wire(load_json(detail, key="conclusion", limit=MESSAGE_BYTES_MAX))
         else:
-            self._read_back(job, detail)
+            self._read_back(job, None)
 
     def _write(self, job: SaveJob) -> tuple[list[FileEntry], BaseException | None]:
         staging = self._storage.staging_key(job.checkpoint, job.attempt)
@@ -313,59 +396,64 @@ class Saver:
         assert job.manifest is not None
         entries = [FileEntry(*row) for payload in payloads for row in _rows(payload)]
         _ensure_planned_sizes(job, entries)
-        job.transaction.ensure_files(entries)
-        index_entry = job.transaction.write_index(job.layout.index)
-        job.transaction.stage_manifest(job.manifest((*entries, index_entry)))
+        with self._naming_rank(job.session, "commit"):
+            job.transaction.ensure_files(entries)
+            index_entry = job.transaction.write_index(job.layout.index)
+            job.transaction.stage_manifest(job.manifest((*entries, index_entry)))
         return b""
 
     def _publish(self, job: SaveJob, transaction: Transaction) -> None:
         # THE commit point. Before this line the attempt is not visible; after it the checkpoint exists.
         try:
-            transaction.publish()
-        except UnknownOutcomeError as error:
-            self._tell(job, "unknown", dump_json(to_wire(error)))
-            raise
+            with self._naming_rank(job.session, "commit"):
+                transaction.publish()
         except Exception as error:
-            self._tell(job, "failed", dump_json(to_wire(error)))
+            # An error without a type of ours was not foreseen: it may have come after the rename.
+            is_failed = isinstance(error, DckptError) and not isinstance(error, UnknownOutcomeError)
+            shared = error if is_failed else _unknown(job, error)
+            self._tell(job, "failed" if is_failed else "unknown", dump_json(to_wire(shared)))
             transaction.abandon()
-            raise
-        failpoint.reach("after_commit")
+            if shared is error:
+                raise
+            raise shared from error
+        self._note_times(job)
         self._tell(job, "committed", b"")
         self._report_commit(job)
 
     def _tell(self, job: SaveJob, outcome: Outcome, detail: bytes) -> None:
         """The outcome stands whether the others hear of it or not; those who do not hear read it back."""
         try:
+            failpoint.reach("after_commit")
             job.session.conclude(outcome, detail)
-        except DckptError:
+        except Exception:  # nothing that happens here can take the commit back
             log.warning("step %d %s, but not every rank could be told", job.pending.step, outcome, exc_info=True)
 
-    def _read_back(self, job: SaveJob, detail: bytes) -> None:
-        """Contact was lost after `committing`: the medium decides. A name that is there and synced is a commit."""
-        if detail:
-            raise from_wire(load_json(detail, key="conclusion", limit=MESSAGE_BYTES_MAX))
+    def _read_back(self, job: SaveJob, cause: Exception | None) -> None:
+        """Contact was lost when the commit was possible: the medium decides. A name that is there and synced is a commit."""
+        log.warning(
+            "contact with rank 0 was lost while step %d was committed: %s", job.pending.step, cause or "no answer"
+        )
         try:
-            found = read_attempt(self._storage, job.checkpoint)
-            if found == job.attempt:
+            if read_attempt(self._storage, job.checkpoint) == job.attempt:
                 self._storage.sync_dir("")
                 self._note_times(job)
                 job.pending.conclude("committed")
                 return
-        except StorageError:
+        except DckptError:
             log.warning("could not read back %s after the coordinator was lost", job.checkpoint, exc_info=True)
-        raise UnknownOutcomeError(
-            f"Save of step {job.pending.step}: the coordinator was lost while it committed {job.checkpoint}; whether the "
-            "checkpoint exists is not known. Nothing was cleaned up; the next resume will find out.",
-            key=job.checkpoint,
-        )
+        raise _unknown(job, cause) from cause
 
     def _note_times(self, job: SaveJob) -> None:
         job.pending.seconds_to_durable = time.monotonic() - job.started_s
 
     def _report_commit(self, job: SaveJob) -> None:
-        self._note_times(job)
         job.pending.conclude("committed")
-        kept = self._on_commit(job.checkpoint)
+        try:
+            kept = self._on_commit(job.checkpoint)
+        except Exception:
+            # The commit stands whatever becomes of older checkpoints, and the saving thread must live on.
+            log.exception("retention failed after the commit of %s", job.checkpoint)
+            kept = 0
         log.info(
             "step %d committed as %s: durable after %.2f s, training stalled %.2f s, %d checkpoints kept, "
             "work at risk %.1f s",
@@ -376,6 +464,18 @@ class Saver:
             kept,
             time.monotonic() - job.started_s,
         )
+
+
+def _unknown(job: SaveJob, cause: Exception | None) -> UnknownOutcomeError:
+    """The error of a save that may have been committed, with what is known of the cause."""
+    if isinstance(cause, UnknownOutcomeError):
+        return cause
+    reason = "the coordinator (rank 0) was lost" if cause is None else str(to_wire(cause)["message"]).rstrip(".")
+    return UnknownOutcomeError(
+        f"Save of step {job.pending.step}: {reason}. This was while {job.checkpoint} may have been committed, so whether it "
+        "exists is not known. Nothing was cleaned up; the next resume will find out.",
+        key=job.checkpoint,
+    )
 
 
 def _decide_nothing(payloads: list[bytes]) -> bytes:

@@ -17,7 +17,7 @@ class SaveThread:
 
     def submit(self, work: Callable[[], None]) -> None:
         """Hands over `work`, which must not raise. The queue holds one; the caller waits for the save in flight first."""
-        if self._thread is None:
+        if self._thread is None or not self._thread.is_alive():
             self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
             self._thread.start()
         self._work.put(work, timeout=60)

@@ -193,11 +193,14 @@ class StoreLink:
         self._is_lost = False
         self._is_closed = False
 
-    def warm_up(self) -> None:
-        """Opens the connections that a save needs, in the background: a connect can take seconds (reverse DNS)."""
-        for _ in range(CLIENTS_WARM):
-            self._start(lambda store: store.check(["warm"]))
+    def warm_up(self, within_s: float) -> None:
+        """Opens the connections that a save needs, so that no save's deadline pays for it: torch asks the DNS for the
+        peer's name, which takes seconds where nobody answers. What is not open by then opens when it is needed."""
         self.post(lambda store: store.check(["warm"]))
+        jobs = [self._start(lambda store: store.check(["warm"]))[0] for _ in range(CLIENTS_WARM)]
+        end = time.monotonic() + within_s
+        for job in jobs:
+            job.wait(end - time.monotonic())
 
     def call(self, operation: Callable[[RawStore], T], within_s: float) -> T:
         job, client = self._start(operation)

@@ -87,12 +87,12 @@ class Coordination:
         try:
             if not topology.is_coordinator:
                 link = rendezvous.join()
-                link.warm_up()
+                _warm_up(link)
                 return cls(link, topology, deadline_s)
             _allow_connections(topology.world_size)
             server = rendezvous.serve()
             link = StoreLink(lambda: _client(LOCALHOST, server.port, deadline_s))
-            link.warm_up()
+            _warm_up(link)
             return cls(link, topology, deadline_s, server)
         finally:
             rendezvous.close()
@@ -351,6 +351,14 @@ class _Rendezvous:
         while isinstance(store, _dist.PrefixStore):
             store = store.underlying_store
         return str(store.host) if isinstance(store, _dist.TCPStore) else None
+
+
+def _warm_up(link: StoreLink) -> None:
+    try:
+        link.warm_up(CONNECT_S)
+    except (ContactLostError, NoAnswerError) as error:
+        # The first session says so in its own words.
+        logger.debug("a connection to the coordinator could not be opened in advance: %s", error)
 
 
 def _allow_connections(world_size: int) -> None:

@@ -140,7 +140,7 @@ def test_a_rank_that_fails_to_write_fails_all_and_the_next_save_works(ranks, tmp
     for told, visible in ranks.run(jobs.fail_then_save, 3, str(tmp_path), reuse):
         assert "CheckpointException" in told
         assert "Input/output error" in told
-        assert "rank:1" in told
+        assert "(RANK 1)" in told
         assert visible == []
 
 

@@ -5,12 +5,13 @@ Each step is a function of the seed alone, so the state at every step is known b
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
 import tempfile
 import time
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +25,6 @@ import dckpt
 from dckpt import checkpointer as checkpointer_module
 from dckpt import failpoint
 from dckpt.catalog.catalog import Catalog
-from dckpt.catalog.generations import list_generations
 from dckpt.catalog.prune import find_leftovers
 from dckpt.storage.local import LocalStorage
 from dckpt.storage.posix import Posix
@@ -33,14 +33,27 @@ from dckpt.tools.verify_run import verify_target
 from tests.support.fork_server import Child
 from tests.support.models import digests
 
-Digests = dict[str, str]
-Reference = dict[int, Digests]
-"""The state after each step, as the run that nothing interrupts has it."""
-
 Facts = list[dict[str, Any]]
-"""What was acknowledged, oldest first: reports of the kinds committed, generation, pinned, unpinned."""
+"""What was acknowledged, oldest first: reports of the kinds committed, pinned, unpinned."""
 
-DEADLINE_S = 2.0
+Careless = Literal["", "files", "directories"]
+
+
+@dataclass(frozen=True)
+class PointPlan:
+    """Which rank meets its end where. `last`: how many checkpoints retention keeps, None for all."""
+
+    point: str
+    hit: int = 1
+    victim: int = 0
+    action: Literal["kill", "stop"] = "kill"
+    last: int | None = 1
+    careless: Careless = ""
+    is_first_save: bool = False
+    deadline_s: float = 30.0
+
+
+DEADLINE_S = 30.0
 BULK_BYTES = 256 * 2**10
 
 
@@ -100,9 +113,10 @@ class SmallRun:
             self.data.cursor += 4
             self.progress.advance()
 
-    def differences(self, reference: Reference) -> list[str]:
+    def differences(self, reference: str, rank: int) -> list[str]:
         """What is not as the uninterrupted run has it at this step. A collective on several ranks."""
-        found, expected = digests(self.state), reference[self.step]
+        found = digests(self.state)
+        expected = json.loads(_reference_file(reference, rank, self.step).read_text())
         names = sorted(found.keys() | expected.keys())
         return [f"step {self.step}: {name} differs" for name in names if found.get(name) != expected.get(name)]
 
@@ -123,12 +137,18 @@ def rehearse() -> None:
 # --- programs for the fork server
 
 
-def compute_reference(child: Child, steps: int) -> None:
-    """Reports the digests after each step of a straight run."""
+def compute_reference(child: Child, reference: str, steps: int) -> None:
+    """Writes the digests of the state after each step of a run that nothing interrupts."""
     run = _start_run(child)
     for _ in range(steps):
         run.train()
-        child.report("step", step=run.step, digests=digests(run.state))
+        path = _reference_file(reference, child.rank, run.step)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(digests(run.state)))
+
+
+def _reference_file(reference: str, rank: int, step: int) -> Path:
+    return Path(reference) / f"rank{rank}" / f"{step}.json"
 
 
 def commit_steps(child: Child, root: str, steps: int) -> None:
@@ -137,41 +157,36 @@ def commit_steps(child: Child, root: str, steps: int) -> None:
     with open_checkpointer(root) as checkpointer:
         checkpointer.resume(run.state)
         for _ in range(steps):
-            train_and_commit(child, run, checkpointer, root)
+            train_and_commit(child, run, checkpointer)
 
 
-def save_until_point(
-    child: Child,
-    root: str,
-    point: str,
-    hit: int,
-    victim: int,
-    action: Literal["kill", "stop"],
-    last: int | None,
-    careless: Careless,
-) -> None:
-    """Resumes and saves one more step; the rank `victim` is killed or stopped when it passes the point for the nth time.
+def save_until_point(child: Child, root: str, plan: PointPlan) -> None:
+    """Resumes and saves one more step; the victim meets its end when it passes the point for the nth time.
 
-    Survivors report how their save ended.
+    Survivors report how their save ended, and go.
     """
-    _forget_syncs(careless)
+    _forget_syncs(plan.careless)
     run = _start_run(child)
-    with open_checkpointer(root, last=last) as checkpointer:
-        checkpointer.resume(run.state)
-        run.train()
-        if child.rank == victim:
-            arm(child, point, hit, action)
-        train_and_commit(child, run, checkpointer, root, advance=0)
+    checkpointer = open_checkpointer(root, last=plan.last, deadline_s=plan.deadline_s)
+    if plan.is_first_save:
+        assert checkpointer.resume(run.state) is None
+    else:
+        assert checkpointer.resume(run.state) is not None
+    run.train()
+    if child.rank == plan.victim:
+        arm(child, plan)
+    if train_and_commit(child, run, checkpointer, advance=0):
+        checkpointer.close()
 
 
-def count_points(child: Child, root: str, last: int | None) -> None:
+def count_points(child: Child, root: str) -> None:
     """Saves one more step untouched and reports how often this rank passed each point."""
     run = _start_run(child)
-    with open_checkpointer(root, last=last) as checkpointer:
+    with open_checkpointer(root, last=1) as checkpointer:
         checkpointer.resume(run.state)
         run.train()
         failpoint.arm({})
-        train_and_commit(child, run, checkpointer, root, advance=0)
+        train_and_commit(child, run, checkpointer, advance=0)
     child.report("points", hits={name: failpoint.hits(name) for name in failpoint.POINTS})
 
 
@@ -181,9 +196,38 @@ def save_until_cut(child: Child, root: str, last: int | None, careless: Careless
     run = _start_run(child)
     checkpointer = open_checkpointer(root, last=last)
     checkpointer.resume(run.state)
-    child.report("ready", step=run.step)
+    child.report("ready")
     for _ in range(50):
-        train_and_commit(child, run, checkpointer, root)
+        train_and_commit(child, run, checkpointer)
+
+
+def storm_trial(child: Child, root: str, reference: str, facts: Facts) -> None:
+    """Examines what the killed predecessor left, resumes from it, says "ready" and saves on until it is killed too.
+
+    Then a checkpoint of each step piles up; two commits later retention leaves one, and says "pruned".
+    """
+    storage = LocalStorage(root)
+    problems, latest = look(root, facts, is_all_kept=False)
+    remains = _leftovers(storage)
+    run = SmallRun(seed=7)
+    checkpointer = open_checkpointer(root)
+    assert checkpointer.resume(run.state) is not None
+    problems += run.differences(reference, 0)
+    child.report("found", latest=latest, problems=problems, remains=remains)
+    assert not problems, problems
+    child.report("ready")
+    train_and_commit(child, run, checkpointer)
+    swept = set(remains) - set(_leftovers(storage))
+    child.report("swept", left=sorted(set(remains) - swept))
+    train_and_commit(child, run, checkpointer)
+    checkpointer.close()
+    checkpointer = open_checkpointer(root, last=1)
+    checkpointer.resume(run.state)
+    child.report("about to prune")
+    train_and_commit(child, run, checkpointer)
+    checkpointer.close()
+    child.report("pruned", steps=checkpointer.steps())
+    time.sleep(60)
 
 
 def pin_and_wait(child: Child, root: str, wish: str, name: str) -> None:
@@ -194,19 +238,34 @@ def pin_and_wait(child: Child, root: str, wish: str, name: str) -> None:
     time.sleep(60)
 
 
-def examine(child: Child, root: str, reference: Reference, facts: Facts, is_all_kept: bool) -> None:
+def examine(child: Child, root: str, reference: str, facts: Facts, is_all_kept: bool) -> None:
     """Reports everything that is not as promised, and the latest step that was found.
 
     The run is verified whole, compared with what was acknowledged, resumed, compared with the uninterrupted run,
     trained and saved again; after that nothing is left of the dead.
     """
     problems, latest = look(root, facts, is_all_kept=is_all_kept) if child.rank == 0 else ([], None)
-    if latest is not None or child.world_size > 1:
+    if latest is not None or child.rank > 0:
         problems += go_on(child, root, reference, latest)
     child.report("examined", latest=latest, problems=problems)
 
 
-Careless = Literal["", "files", "directories"]
+def examine_damaged(child: Child, root: str, facts: Facts) -> None:
+    """Only looks: for runs that are expected to be broken."""
+    problems, latest = look(root, facts, is_all_kept=True)
+    child.report("examined", latest=latest, problems=problems)
+
+
+def try_resume(child: Child, root: str) -> None:
+    """Reports what resuming gives: a step, None for a new run, or the error."""
+    run = _start_run(child)
+    with open_checkpointer(root) as checkpointer:
+        try:
+            report = checkpointer.resume(run.state)
+        except dckpt.DckptError as error:
+            child.report("refused", error=type(error).__name__, text=str(error))
+            return
+        child.report("resumed", step=None if report is None else run.step)
 
 
 class CarelessPosix(Posix):
@@ -226,25 +285,22 @@ def _forget_syncs(careless: Careless) -> None:
         checkpointer_module.open_storage = lambda url: LocalStorage(url, CarelessPosix(careless))
 
 
-def _start_run(child: Child) -> SmallRun:
+def _start_run(child: Child, seed: int = 1) -> SmallRun:
     if child.world_size > 1:
         dist.init_process_group(
             "gloo", init_method=f"file://{child.rendezvous}", rank=child.rank, world_size=child.world_size
         )
-    return SmallRun(child.rank, child.world_size)
+    return SmallRun(child.rank, child.world_size, seed=seed)
 
 
 # --- what they are made of
 
 
-def open_checkpointer(root: str, *, last: int | None = None, **options: Any) -> dckpt.Checkpointer:
-    retention = dckpt.Retention(last=last)
-    return dckpt.Checkpointer(root, retention=retention, deadline_s=DEADLINE_S, signals=(), **options)
+def open_checkpointer(root: str, *, last: int | None = None, deadline_s: float = DEADLINE_S) -> dckpt.Checkpointer:
+    return dckpt.Checkpointer(root, retention=dckpt.Retention(last=last), deadline_s=deadline_s, signals=())
 
 
-def train_and_commit(
-    child: Child, run: SmallRun, checkpointer: dckpt.Checkpointer, root: str, *, advance: int = 1
-) -> None:
+def train_and_commit(child: Child, run: SmallRun, checkpointer: dckpt.Checkpointer, *, advance: int = 1) -> bool:
     """One more step, saved; reports the acknowledgement only when the save says so, and how it failed otherwise."""
     run.train(advance)
     child.report("saving", step=run.step)
@@ -253,20 +309,21 @@ def train_and_commit(
     seconds = time.monotonic() - started
     if pending.outcome == "committed":
         child.report("committed", step=run.step, name=pending.checkpoint, seconds=seconds)
-    else:
-        error = type(pending.error).__name__
-        child.report("not committed", outcome=pending.outcome, error=error, text=str(pending.error), seconds=seconds)
+        return True
+    error = type(pending.error).__name__
+    child.report("not committed", outcome=pending.outcome, error=error, text=str(pending.error), seconds=seconds)
+    return False
 
 
-def arm(child: Child, point: str, hit: int, action: Literal["kill", "stop"]) -> None:
-    number = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[action]
+def arm(child: Child, plan: PointPlan) -> None:
+    number = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[plan.action]
 
     def act() -> None:
-        if failpoint.hits(point) == hit:
-            child.report("reached", point=point, hit=hit)
+        if failpoint.hits(plan.point) == plan.hit:
+            child.report("reached", point=plan.point, hit=plan.hit)
             os.kill(os.getpid(), number)
 
-    failpoint.arm({point: act})
+    failpoint.arm({plan.point: act})
 
 
 def look(root: str, facts: Facts, *, is_all_kept: bool) -> tuple[list[str], int | None]:
@@ -295,27 +352,26 @@ def look(root: str, facts: Facts, *, is_all_kept: bool) -> tuple[list[str], int 
     return problems, latest
 
 
-def go_on(child: Child, root: str, reference: Reference, latest: int | None) -> list[str]:
-    """Resumes from what is there, trains, and saves twice; what went otherwise than in an untouched run."""
+def go_on(child: Child, root: str, reference: str, latest: int | None) -> list[str]:
+    """Resumes from what is there, trains and saves; what went otherwise than in an untouched run."""
     storage = LocalStorage(root)
-    before = _leftovers(storage)
-    run = SmallRun(child.rank, child.world_size, seed=7) if child.world_size == 1 else _start_run(child)
+    remains = _leftovers(storage) if child.rank == 0 else []
+    run = _start_run(child, seed=7)
     with open_checkpointer(root) as checkpointer:
-        report = checkpointer.resume(run.state)
-        assert report is not None
-        problems = run.differences(reference)
+        assert checkpointer.resume(run.state) is not None
+        problems = run.differences(reference, child.rank)
         if child.rank == 0 and run.step != latest:
             problems.append(f"resumed at step {run.step}, the latest is {latest}")
         run.train()
         pending = checkpointer.save(run.state, blocking=True)
         if pending.outcome != "committed":
             problems.append(f"the next save: {pending.outcome}, {pending.error}")
-        problems += run.differences(reference)
+        problems += run.differences(reference, child.rank)
         steps = checkpointer.steps()
         if not steps or steps[-1] != run.step:
             problems.append(f"after the save of step {run.step}: steps {steps}")
     if child.rank == 0:
-        child.report("leftovers", before=before)
+        child.report("remains", names=remains)
         problems += [f"still there after the next commit: {name}" for name in _leftovers(storage)]
         problems += [f"{found.checkpoint} is {found.verdict}" for found in _verify_latest(root)]
     return problems
@@ -328,15 +384,3 @@ def _verify_latest(root: str) -> list[Any]:
 
 def _leftovers(storage: LocalStorage) -> list[str]:
     return [item.name for item in find_leftovers(storage, older_than_s=0, now_unix_s=time.time() + 10)]
-
-
-def newest_generation(root: str | Path) -> int:
-    return max(list_generations(LocalStorage(root)), default=0)
-
-
-def reference_of(fates: list[Any]) -> list[Reference]:
-    """By rank, from the reports of `compute_reference`."""
-    return [{fact["step"]: fact["digests"] for fact in fate.all("step")} for fate in fates]
-
-
-Program = Callable[..., None]

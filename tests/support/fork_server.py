@@ -18,6 +18,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
+
 from tests.support.loop_disk import shut_down
 from tests.support.ranks import RankPool
 
@@ -79,16 +81,12 @@ class ForkServer:
     """Runs module-level functions `program(child, *args)` in forked children, one or several ranks at a time."""
 
     def __init__(self) -> None:
-        threads = os.environ.get("OPENBLAS_NUM_THREADS")
-        os.environ["OPENBLAS_NUM_THREADS"] = "1"  # a thread of NumPy's would be missing in the children
-        try:
+        with pytest.MonkeyPatch.context() as environment:
+            # A thread of NumPy's would be missing in the children; and peers that die make torch talkative.
+            environment.setenv("OPENBLAS_NUM_THREADS", "1")
+            environment.setenv("TORCH_CPP_LOG_LEVEL", "ERROR")
             self._pool = RankPool()
             self._pool.run(warm_up, 1, has_group=False)
-        finally:
-            if threads is None:
-                del os.environ["OPENBLAS_NUM_THREADS"]
-            else:
-                os.environ["OPENBLAS_NUM_THREADS"] = threads
 
     def run_ranks(
         self,
@@ -173,15 +171,10 @@ def run_children(
         finally:
             for child in children:
                 _reap(child)
-    return [
-        Fate(child.exit_code or 0, child.reports(), child.was_stopped, child.ended_by_us)
-        for child in children
-    ]
+    return [Fate(child.exit_code or 0, child.reports(), child.was_stopped, child.ended_by_us) for child in children]
 
 
-def _fork(
-    program: Callable[..., None], rank: int, world_size: int, rendezvous: str, args: tuple[Any, ...]
-) -> _Live:
+def _fork(program: Callable[..., None], rank: int, world_size: int, rendezvous: str, args: tuple[Any, ...]) -> _Live:
     reading, writing = os.pipe()
     server = os.getpid()
     pid = os.fork()

@@ -186,8 +186,7 @@ def test_a_lost_connection_also_ends_calls_that_wait_for_a_new_one() -> None:
 
     link = StoreLink(connect)
     link.call(lambda store: store.add("n", 1), 5)
-    breaking = threading.Thread(target=lambda: pytest.raises(ContactLostError, link.call, break_off, 5))
-    breaking.start()
+    watch = link._start(break_off)[0]
     threading.Thread(target=lambda: (stuck.wait(5), lose.set())).start()
     started = time.monotonic()
 
@@ -195,7 +194,8 @@ def test_a_lost_connection_also_ends_calls_that_wait_for_a_new_one() -> None:
         link.call(lambda store: store.add("n", 1), 5)
 
     assert time.monotonic() - started < 2
-    breaking.join()
+    with pytest.raises(ContactLostError):
+        watch.wait(5)
 
 
 def test_a_closed_link_refuses_calls_and_ignores_posts(served: StoreLink) -> None:

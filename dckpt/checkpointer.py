@@ -387,7 +387,7 @@ class Checkpointer:
         finally:
             self._thread.stop(timeout_s=1.0)
             self._signals.restore()
-            self._coordination.close(linger_s)
+            self._coordination.close(min(linger_s, self._deadline_s))
             atexit.unregister(self._at_exit)
 
     def _finish_last(self) -> None:

@@ -26,11 +26,13 @@ ROOT = Path(__file__).resolve().parent.parent
 PLACE = Path("demo-run")  # below ROOT, which is the working directory
 RUN = PLACE / "run"
 MARKER = PLACE / ".made-by-dckpt-demo"
-STEPS = 120
+STEPS, SAVE_EVERY = 96, 12
 FIRST_RANKS, SECOND_RANKS = 2, 4
 # Small steps, and a checkpoint of about 120 MiB, so that the middle of a save is there to be hit. Without dropout the
 # steps that are trained twice can be compared number by number.
-TRAINING = f"--steps {STEPS} --save-every 15 --global-batch 16 --accumulation 1 --context 64 --dropout 0".split()
+TRAINING = (
+    f"--steps {STEPS} --save-every {SAVE_EVERY} --global-batch 16 --accumulation 1 --context 64 --dropout 0".split()
+)
 KILL_ATTEMPTS = 3
 LEG_LIMIT_S = 900.0
 PR_SET_CHILD_SUBREAPER = 36
@@ -159,7 +161,7 @@ class StepBar:
         row = last_row(self._leg)
         if row is None:
             return
-        shown = f"step {row['step']}/{STEPS}, loss {row['loss']:.3f}, {len(committed())} checkpoints"
+        shown = f"step {row['step']}/{STEPS}, loss {row['loss']:.3f}, checkpoints: {len(committed())}"
         self._progress.update(self._task, completed=row["step"], shown=shown)
         if not console.is_terminal and row["step"] >= self._told + 20:
             self._told = int(row["step"]) // 20 * 20
@@ -256,7 +258,9 @@ def tell() -> None:
     make_place()
 
     stage(1, f"Train a small GPT with FSDP2 on {FIRST_RANKS} ranks, and kill it in the middle of a save.")
-    say("   It learns the source text of Python's standard library and saves every 15 steps while it trains on.")
+    say(
+        f"   It learns the source text of Python's standard library and saves every {SAVE_EVERY} steps while it trains on."
+    )
     for leg in range(1, KILL_ATTEMPTS + 1):
         if train_until_killed(leg):
             break
@@ -284,11 +288,14 @@ def tell() -> None:
     say(f"   {PLACE / 'loss.png'}")
 
     say(f"\n[bold green]Done in {time.monotonic() - started:.0f} s.[/bold green] What to do next:")
-    say(f"   look at the picture             {PLACE / 'loss.png'}")
-    say(f"   look inside a checkpoint        .venv/bin/dckpt show {RUN}")
-    say("   read how a training loop uses it  launch/train.py")
-    say("   train on your own text          .venv/bin/torchrun --nproc-per-node 2 launch/train.py --data FILE")
-    say("   run the tests                   bash tests/run.sh")
+    for purpose, what in (
+        ("look at the picture", PLACE / "loss.png"),
+        ("look inside a checkpoint", f".venv/bin/dckpt show {RUN}"),
+        ("read the training loop", "launch/train.py"),
+        ("train on your own text", ".venv/bin/torchrun --nproc-per-node 2 launch/train.py --data FILE"),
+        ("run the tests", "bash tests/run.sh"),
+    ):
+        say(f"   {purpose:26}{what}")
 
 
 def main() -> int:
@@ -300,8 +307,8 @@ def main() -> int:
     try:
         tell()
     except DemoError as error:
-        console.print(str(error), style="red", markup=False)
-        console.print(f"The demo did not finish. What it wrote is in {PLACE}.")
+        console.print(str(error), style="red", markup=False, soft_wrap=True)
+        say("The demo did not finish.")
         return 1
     except KeyboardInterrupt:
         console.print("\nStopped; no process is left running.")

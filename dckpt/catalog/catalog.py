@@ -112,15 +112,15 @@ class Catalog:
             raise self._not_found(f"with a finite metric {metric!r}", line)
         return best[1]
 
-    def read_manifest(self, name: str) -> tuple[Manifest, str]:
-        """The manifest in the directory `name`, and the SHA-256 of its bytes.
+    def read_manifest(self, name: str, *, uncached: bool = False) -> tuple[Manifest, str]:
+        """The manifest in the directory `name`, and the SHA-256 of its bytes. `uncached` asks the medium.
 
         `StorageMissingError` if there is none; `CorruptCheckpointError` if it is damaged or belongs under
         another name.
         """
         key = f"{name}/{MANIFEST_NAME}"
         place = self._storage.locate(key)
-        data = self._storage.read_bytes(key, limit=MANIFEST_BYTES_MAX)
+        data = self._storage.read_bytes(key, limit=MANIFEST_BYTES_MAX, uncached=uncached)
         manifest = parse_manifest(data, key=place)
         stated = parse_checkpoint_name(name)
         # A stand-alone checkpoint has a name of its user's choice; a name of ours is a claim that must hold.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from datetime import datetime, timezone
 
 from dckpt.errors import (
@@ -13,6 +14,8 @@ from dckpt.errors import (
 from dckpt.format.generation import GENERATION_BYTES_MAX, Generation, encode_generation, parse_generation
 from dckpt.format.layout import GENERATIONS_DIR, generation_key, parse_generation_file
 from dckpt.storage.base import Storage
+
+logger = logging.getLogger(__name__)
 
 
 def list_generations(storage: Storage) -> list[int]:
@@ -26,10 +29,22 @@ def list_generations(storage: Storage) -> list[int]:
 
 
 def read_generation(storage: Storage, number: int) -> Generation:
-    """The record `number`. `StorageMissingError` if absent, `CorruptCheckpointError` if damaged."""
+    """The record `number`. `StorageMissingError` if absent.
+
+    `CorruptCheckpointError` if it is damaged in a second, uncached read too: the line of the run hangs on it.
+    """
+    try:
+        return _read_record(storage, number, uncached=False)
+    except CorruptCheckpointError as error:
+        record = _read_record(storage, number, uncached=True)
+        logger.warning("%s A second, uncached read was right: memory or the page cache was not.", error)
+        return record
+
+
+def _read_record(storage: Storage, number: int, *, uncached: bool) -> Generation:
     key = generation_key(number)
     place = storage.locate(key)
-    record = parse_generation(storage.read_bytes(key, limit=GENERATION_BYTES_MAX), key=place)
+    record = parse_generation(storage.read_bytes(key, limit=GENERATION_BYTES_MAX, uncached=uncached), key=place)
     if record.number != number:
         raise CorruptCheckpointError(
             f"{place}: expected generation {number}, found {record.number}. The file was renamed or copied; "

@@ -35,6 +35,8 @@ def trace_line(checkpoints: Collection[CheckpointId], newest: int, read_record: 
             parent = read_record(number).parent
         except (StorageMissingError, CorruptCheckpointError, FormatVersionError) as error:
             if not any(item.generation < number for item in checkpoints):
+                if not isinstance(error, StorageMissingError):
+                    notes.append(f"{error} No older checkpoint depends on this record.")
                 break
             if not on_line:
                 raise _unknown_latest(number, error) from error

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from dckpt import failpoint
 from dckpt.catalog.catalog import Catalog
-from dckpt.catalog.generations import create_generation, ensure_not_fenced
+from dckpt.catalog.generations import create_generation, ensure_not_fenced, read_generation
 from dckpt.errors import ConfigError
 from dckpt.format.generation import Generation, Parent, Reason
 from dckpt.format.layout import CheckpointId
@@ -83,6 +83,9 @@ class Lineage:
         """The record to create; the same one again after a create whose answer was lost: its nonce proves it ours."""
         if self._unfinished is not None and self._unfinished.number == number:
             return self._unfinished
+        if self._parent is None and self._observed:
+            # An earlier start died before its first commit: the same run, and `verify` looks for a single id.
+            self._run_id = read_generation(self._storage, self._observed).run_id
         self._unfinished = Generation(
             number=number,
             run_id=self._run_id,

@@ -21,12 +21,13 @@ from dckpt.errors import (
     CorruptCheckpointError,
     DckptError,
     IncompatibleStateError,
+    StorageError,
     StorageMissingError,
     from_wire,
     to_wire,
 )
 from dckpt.format.index import parse_index
-from dckpt.format.layout import CheckpointId
+from dckpt.format.layout import MANIFEST_NAME, CheckpointId
 from dckpt.format.manifest import Manifest
 from dckpt.format.values import dump_json, load_json
 from dckpt.ranks.coordination import Coordination
@@ -162,7 +163,9 @@ class Loader:
             if "corrupt" in verdict:
                 return _corrupt(verdict)
             rng, failure = self._apply(state, candidate, options)
-            self._vote(session, f"apply-{number}", {}, failure, _decide_corrupt)
+            verdict = self._vote(session, f"apply-{number}", {}, failure, _decide_corrupt)
+            if "corrupt" in verdict:
+                return _corrupt(verdict)
         finally:
             if candidate is not None:
                 candidate.files.__exit__(None, None, None)
@@ -182,11 +185,13 @@ class Loader:
 
     def _announce(self, name: str) -> bytes:
         try:
-            _, sha256 = Catalog(self._storage).read_manifest(name)
+            _, sha256 = self._read_confirmed(name)
         except CorruptCheckpointError as error:
             return dump_json({"corrupt": to_wire(error)})
         except StorageMissingError as error:
-            # The directory is listed but holds no manifest: what is not whole is damaged, not absent.
+            if MANIFEST_NAME in {entry.name for entry in self._storage.list_dir(name)}:
+                raise  # Listed, yet it cannot be opened (a stale handle): storage trouble, no proof of damage.
+            # The directory is there and holds no manifest: what is not whole is damaged, not absent.
             corrupt = CorruptCheckpointError(
                 f"{self._storage.locate(name)}: expected manifest.json, found none. The checkpoint is damaged; use an "
                 "older step.",
@@ -196,6 +201,16 @@ class Loader:
             log.debug("no manifest in %s", name, exc_info=error)
             return dump_json({"corrupt": to_wire(corrupt)})
         return dump_json({"sha256": sha256})
+
+    def _read_confirmed(self, name: str) -> tuple[Manifest, str]:
+        """The manifest and its digest; damage counts only when a second read, past the page cache, sees it too."""
+        catalog = Catalog(self._storage)
+        try:
+            return catalog.read_manifest(name)
+        except CorruptCheckpointError as error:
+            found = catalog.read_manifest(name, uncached=True)
+            log.warning("%s A second, uncached read was right: memory or the page cache was not.", error)
+            return found
 
     def _open(
         self, state: TrainState, name: str, sha256: str, options: LoadOptions
@@ -236,7 +251,7 @@ class Loader:
         pause = 0.05
         while True:
             try:
-                manifest, found = Catalog(self._storage).read_manifest(name)
+                manifest, found = self._read_confirmed(name)
             except StorageMissingError:
                 if self._topology.is_coordinator or time.monotonic() > limit:
                     raise
@@ -244,13 +259,11 @@ class Loader:
                 pause = min(2 * pause, 2.0)
                 continue
             if found != sha256:
-                raise CorruptCheckpointError(
+                # Both are whole: no damage, and an older step would not mend it.
+                raise StorageError(
                     f"{self._storage.locate(name)}/manifest.json: expected sha256 {sha256} as rank 0 reads it, found "
                     f"{found} on rank {self._topology.rank}. The ranks see different storage; mount the same one everywhere.",
                     key=f"{name}/manifest.json",
-                    field="sha256",
-                    expected=sha256,
-                    found=found,
                 )
             return manifest
 

@@ -25,6 +25,7 @@ from dckpt.errors import (
     ConfigError,
     CorruptCheckpointError,
     DckptError,
+    PeerFailedError,
     StorageError,
     UnknownOutcomeError,
     from_wire,
@@ -327,10 +328,17 @@ class Saver:
         except UnknownOutcomeError as error:
             job.pending.conclude("unknown", error)
         except Exception as error:  # noqa: BLE001 - the outcome carries it to the user
-            job.pending.conclude("failed", as_dckpt_error(error))
+            job.pending.conclude("failed", self._in_its_type(error))
         except BaseException as error:
             job.pending.conclude("unknown", as_dckpt_error(error))
             raise
+
+    def _in_its_type(self, error: Exception) -> DckptError:
+        """A process without peers keeps the type of its own storage error, in the sentence that says where it failed."""
+        cause = error.__cause__
+        if self._topology.world_size == 1 and isinstance(error, PeerFailedError) and isinstance(cause, StorageError):
+            return type(cause)(error.message, **cause.fields())
+        return as_dckpt_error(error)
 
     def _write_and_commit(self, job: SaveJob) -> None:
         entries, failure = self._write(job)

@@ -161,7 +161,13 @@ class Coordination:
             raise ConfigError(
                 f"key {key}: {len(value):,} bytes, expected at most {PART_BYTES:,}; use a session for more"
             )
-        self._call(f"publishing {key}", lambda store: store.set(f"key/{key}", value))
+
+        def publish(store: RawStore) -> None:
+            store.set(f"key/{key}", value)
+            # A store's `set` does not wait for the server; a question on the same connection does.
+            store.check([f"key/{key}"])
+
+        self._call(f"publishing {key}", publish)
 
     def read(self, key: str) -> bytes | None:
         """The value of `key`, None while nobody has published it. Does not wait for it."""

@@ -84,6 +84,8 @@ def _announce(store: RawStore, door: str, large: str, kind: bytes, value: bytes)
     else:
         put(store, large, value)
         store.set(door, _LARGE)
+    # A store's `set` does not wait for the server; a question on the same connection does.
+    store.check([door])
 
 
 class Session:

@@ -95,8 +95,8 @@ class Storage(Protocol):
         """The root exists durably, with all its ancestors."""
         ...
 
-    def read_bytes(self, key: str, *, limit: int) -> bytes:
-        """The whole file. `StorageMissingError` if absent.
+    def read_bytes(self, key: str, *, limit: int, uncached: bool = False) -> bytes:
+        """The whole file. `StorageMissingError` if absent. `uncached` as in `open_reader`.
 
         `CorruptCheckpointError` if it is larger than `limit`, or not a regular file.
         """

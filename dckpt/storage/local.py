@@ -77,8 +77,8 @@ class LocalStorage:
             raise ConfigError(f"Root {self.root}: expected a directory, found a file. Choose another root.")
         return True
 
-    def read_bytes(self, key: str, *, limit: int) -> bytes:
-        with self.open_reader(key) as reader:
+    def read_bytes(self, key: str, *, limit: int, uncached: bool = False) -> bytes:
+        with self.open_reader(key, uncached=uncached) as reader:
             if reader.size > limit:
                 raise CorruptCheckpointError(
                     f"{self.locate(key)}: expected at most {limit:,} bytes, found {reader.size:,}. This is "

@@ -82,11 +82,11 @@ def in_time(seen: list[Seen], deadline_s: float = DEADLINE_S) -> None:
 # -- the normal path -------------------------------------------------------------------------------------------------
 
 
-def job_save(rank: int, world_size: int) -> Seen:
+def job_save(rank: int, world_size: int, large_bytes: int) -> Seen:
     coordination = connect(30.0)
     session = open_save(coordination)
     plan = session.exchange("plan", b"rank %d" % rank, joined)
-    large = session.exchange("write", bytes([rank]) * 20_000_000, joined)
+    large = session.exchange("write", bytes([rank]) * large_bytes, joined)
     if rank == 0:
         session.try_commit()
         session.conclude("committed", b"x" * 3_000_000)
@@ -108,7 +108,7 @@ def job_save(rank: int, world_size: int) -> Seen:
     coordination.close(5.0)
     return {
         "plan": plan,
-        "large": len(large) == 20_000_000 * world_size + world_size - 1 and large[-1] == world_size - 1,
+        "large": len(large) == large_bytes * world_size + world_size - 1 and large[-1] == world_size - 1,
         "outcome": outcome,
         "again": again,
         "seconds": small["seconds"],
@@ -119,7 +119,7 @@ def job_save(rank: int, world_size: int) -> Seen:
 
 def test_payloads_of_any_size_decisions_and_the_conclusion_reach_every_rank(ranks: RankPool) -> None:
     """Also: a session id is used twice, and keys of past sessions go away."""
-    seen = ranks.run(job_save, 3)
+    seen = ranks.run(job_save, 3, 12_000_000)
 
     for one in seen:
         assert one["plan"] == b"rank 0|rank 1|rank 2"
@@ -131,7 +131,7 @@ def test_payloads_of_any_size_decisions_and_the_conclusion_reach_every_rank(rank
 
 
 def test_an_exchange_adds_no_polling_delay(ranks: RankPool) -> None:
-    seen = ranks.run(job_save, 2)
+    seen = ranks.run(job_save, 2, 10)
 
     # 100 sessions of one exchange each; the time slice of a wait is 0.5 s.
     assert max(one["seconds"] for one in seen) < 10

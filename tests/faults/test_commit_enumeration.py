@@ -61,7 +61,7 @@ class StateStorage:
                 found.append(Entry(name, path.endswith("/"), len(data)))
         return sorted(found, key=lambda entry: entry.name)
 
-    def read_bytes(self, key: str, *, limit: int) -> bytes:
+    def read_bytes(self, key: str, *, limit: int, uncached: bool = False) -> bytes:
         if key not in self._files:
             raise StorageMissingError(key)
         if len(self._files[key]) > limit:

@@ -10,6 +10,7 @@ import os
 import random
 import signal
 import tempfile
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,6 +207,7 @@ def storm_trial(child: Child, root: str, reference: str, facts: Facts) -> None:
 
     Then a checkpoint of each step piles up; two commits later retention leaves one, and says "pruned".
     """
+    child.report("start")
     storage = LocalStorage(root)
     problems, latest = look(root, facts, is_all_kept=False)
     remains = _leftovers(storage)
@@ -225,6 +227,7 @@ def storm_trial(child: Child, root: str, reference: str, facts: Facts) -> None:
     checkpointer.resume(run.state)
     child.report("about to prune")
     train_and_commit(child, run, checkpointer)
+    child.report("pruning")
     checkpointer.close()
     child.report("pruned", steps=checkpointer.steps())
     time.sleep(60)
@@ -256,16 +259,18 @@ def examine_damaged(child: Child, root: str, facts: Facts) -> None:
     child.report("examined", latest=latest, problems=problems)
 
 
-def try_resume(child: Child, root: str) -> None:
-    """Reports what resuming gives: a step, None for a new run, or the error."""
+def start_again(child: Child, root: str, reference: str, facts: Facts, is_all_kept: bool) -> None:
+    """Like `examine`, for a run that was killed before its first commit: it starts again, and nothing is wrong."""
+    problems, latest = look(root, facts, is_all_kept=is_all_kept)
     run = _start_run(child)
     with open_checkpointer(root) as checkpointer:
-        try:
-            report = checkpointer.resume(run.state)
-        except dckpt.DckptError as error:
-            child.report("refused", error=type(error).__name__, text=str(error))
-            return
-        child.report("resumed", step=None if report is None else run.step)
+        assert checkpointer.resume(run.state) is None
+        if not train_and_commit(child, run, checkpointer):
+            problems.append("the next save did not commit")
+        problems += run.differences(reference, child.rank)
+    problems += look(root, [*facts, *child.sent("committed")], is_all_kept=True)[0]
+    problems += [f"still there after the next commit: {name}" for name in _leftovers(LocalStorage(root))]
+    child.report("examined", latest=latest, problems=problems)
 
 
 class CarelessPosix(Posix):
@@ -321,7 +326,8 @@ def arm(child: Child, plan: PointPlan) -> None:
     def act() -> None:
         if failpoint.hits(plan.point) == plan.hit:
             child.report("reached", point=plan.point, hit=plan.hit)
-            os.kill(os.getpid(), number)
+            # To this very thread: a stop that another thread is to handle lets this one run on for a moment.
+            signal.pthread_kill(threading.get_ident(), number)
 
     failpoint.arm({plan.point: act})
 
@@ -342,7 +348,10 @@ def look(root: str, facts: Facts, *, is_all_kept: bool) -> tuple[list[str], int 
             problems.append(f"{found.checkpoint} is {found.verdict}")
     if is_all_kept:
         problems += [f"acknowledged but lost: {name}" for name in sorted(acknowledged.keys() - present)]
-    latest = catalog.resolve("latest").step
+    try:
+        latest = catalog.resolve("latest").step
+    except dckpt.DckptError as error:
+        return [*problems, str(error)], None
     if latest < max(acknowledged.values(), default=0):
         problems.append(f"latest is step {latest}, behind the acknowledged {max(acknowledged.values())}")
     for name in {fact["name"] for fact in facts if fact["kind"] in ("pinned", "unpinned")}:
@@ -362,10 +371,8 @@ def go_on(child: Child, root: str, reference: str, latest: int | None) -> list[s
         problems = run.differences(reference, child.rank)
         if child.rank == 0 and run.step != latest:
             problems.append(f"resumed at step {run.step}, the latest is {latest}")
-        run.train()
-        pending = checkpointer.save(run.state, blocking=True)
-        if pending.outcome != "committed":
-            problems.append(f"the next save: {pending.outcome}, {pending.error}")
+        if not train_and_commit(child, run, checkpointer):
+            problems.append("the next save did not commit")
         problems += run.differences(reference, child.rank)
         steps = checkpointer.steps()
         if not steps or steps[-1] != run.step:

@@ -72,9 +72,15 @@ class Child:
     def __init__(self, rank: int, world_size: int, rendezvous: str, pipe: int) -> None:
         self.rank, self.world_size, self.rendezvous = rank, world_size, rendezvous
         self._pipe = pipe
+        self._sent: list[dict[str, Any]] = []
 
     def report(self, kind: str, **facts: Any) -> None:
-        os.write(self._pipe, json.dumps({"kind": kind, "at": time.monotonic(), **facts}).encode() + b"\n")
+        record = {"kind": kind, "at": time.monotonic(), **facts}
+        self._sent.append(record)
+        os.write(self._pipe, json.dumps(record).encode() + b"\n")
+
+    def sent(self, kind: str) -> list[dict[str, Any]]:
+        return [record for record in self._sent if record["kind"] == kind]
 
 
 class ForkServer:

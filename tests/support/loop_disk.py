@@ -52,7 +52,7 @@ class LoopDisk:
             image = self._base / "image"
             with image.open("wb") as file:
                 file.truncate(size or _SIZES[kind])
-            if shutil.which(f"mkfs.{kind}") is None:
+            if not has_mkfs(kind):
                 raise UnavailableError(f"mkfs.{kind} is not installed")
             _call(f"mkfs.{kind}", "-q", "-F" if kind == "ext4" else "-f", *mkfs, str(image))
             self._device = _call("losetup", "-f", "--show", str(image)).strip()
@@ -122,6 +122,10 @@ def fast_directory() -> str | None:
     """Memory-backed where there is one: the campaigns make many small files. None means the usual place."""
     shm = Path("/dev/shm")
     return str(shm) if shm.is_dir() and os.access(shm, os.W_OK) and shutil.disk_usage(shm).free > 2**30 else None
+
+
+def has_mkfs(kind: str) -> bool:
+    return shutil.which(f"mkfs.{kind}") is not None
 
 
 def why_not_loop(kind: str) -> str | None:

@@ -132,7 +132,7 @@ class Saver:
         """
         begun = _Beginning()
         try:
-            begun.session = session = self._open_session(request)
+            session = self._open_session(request, begun)
             local, decision = self._agree_on_plan(state, request, session, begun)
             begun.phase = "stage"
             failpoint.reach("plan_agreed")
@@ -162,14 +162,14 @@ class Saver:
                 raise
             raise shared from error
 
-    def _open_session(self, request: SaveRequest) -> Session:
+    def _open_session(self, request: SaveRequest, begun: _Beginning) -> Session:
         """The session of the next save. One that the other ranks gave up without this rank is left out."""
         while True:
             self._saves += 1
-            session = self._coordination.session(
+            session = begun.session = self._coordination.session(
                 f"save-{self._saves}", what=f"save of step {request.step}", call=f"save(step={request.step})"
             )
-            if not session.was_missed(f"{request.step}.{request.micro_step}"):
+            if not session.was_missed(f"{request.step}.{request.micro_step}", phase=begun.phase):
                 return session
             session.close()
             log.warning(
@@ -210,7 +210,8 @@ class Saver:
                 raise request.refusal
             failpoint.reach("before_plan")
             coordinates = state.coordinates() or {"rank": self._topology.rank}
-            return LocalState(state.capture(), request.step, request.micro_step, coordinates), None
+            world_size = self._topology.world_size
+            return LocalState(state.capture(), request.step, request.micro_step, coordinates, world_size), None
         except Exception as error:  # noqa: BLE001 - it travels to all ranks, which raise it together
             return None, error
 
@@ -438,9 +439,7 @@ class Saver:
 
     def _read_back(self, job: SaveJob, cause: Exception | None) -> None:
         """Contact was lost when the commit was possible: the medium decides. A name that is there and synced is a commit."""
-        log.warning(
-            "contact with rank 0 was lost while step %d was committed: %s", job.pending.step, cause or "no answer"
-        )
+        log.warning("%s; looking whether %s was committed", _reason(job, cause), job.checkpoint)
         try:
             if read_attempt(self._storage, job.checkpoint) == job.attempt:
                 self._storage.sync_dir("")
@@ -478,12 +477,18 @@ def _unknown(job: SaveJob, cause: Exception | None) -> UnknownOutcomeError:
     """The error of a save that may have been committed, with what is known of the cause."""
     if isinstance(cause, UnknownOutcomeError):
         return cause
-    reason = "the coordinator (rank 0) was lost" if cause is None else str(to_wire(cause)["message"]).rstrip(".")
     return UnknownOutcomeError(
-        f"Save of step {job.pending.step}: {reason}. This was while {job.checkpoint} may have been committed, so whether it "
-        "exists is not known. Nothing was cleaned up; the next resume will find out.",
+        f"{_reason(job, cause)}; {job.checkpoint} may have been committed or not. Nothing was cleaned up; the next resume "
+        "finds out.",
         key=job.checkpoint,
     )
+
+
+def _reason(job: SaveJob, cause: Exception | None) -> str:
+    """What happened, in words that do not depend on the phase in which a rank noticed: the same on every rank."""
+    if cause is None or job.session.outcome_is_open:
+        return f"{job.session.what}: contact with the coordinator (rank 0) was lost after this rank had done its part"
+    return f"{job.session.what}: {str(to_wire(cause)['message']).rstrip('.')}"
 
 
 def _decide_nothing(payloads: list[bytes]) -> bytes:

@@ -135,19 +135,33 @@ class Session:
         me = f"{topology.rank},"
         link.post(lambda store: store.append(self._joined_key, me))
 
-    def was_missed(self, subject: str) -> bool:
+    def was_missed(self, subject: str, *, phase: str) -> bool:
         """True if the others gave this session up without this rank, and it was about another subject than `subject`.
 
         Sessions are numbered by their calls: a rank that left one out calls the next too early, finds this, and goes on
         to the following number. A rank that is only late finds its own subject and hears the error of the others. Asked
-        before the first exchange; raises as `exchange` does when the store cannot be reached.
+        at the beginning of the first `phase`; raises as its exchange does when the store cannot be reached.
         """
+        self._phase = phase
 
-        def claim(store: RawStore) -> str:
+        def claim(store: RawStore) -> bool:
             first = store.compare_set(self._subject_key, "", subject).decode("utf-8")
-            return "missed" if _is_abort(self._read_verdict(store)) and first != subject else ""
+            return _is_abort(self._read_verdict(store)) and first != subject
 
-        return bool(self._guarded(claim))
+        try:
+            return self._link.call(claim, self._deadline_s)
+        except ContactLostError:
+            self._close_with(messages.coordinator_lost(self.what, phase, self._consequence))
+        except NoAnswerError:
+            try:
+                self._give_up_on_silence()
+            except _AbortedError as aborted:
+                self._close_with(aborted.error)
+
+    def _close_with(self, error: DckptError) -> NoReturn:
+        self.is_closed = True
+        self.error = error
+        raise error from None
 
     # -- exchanges -----------------------------------------------------------------------------------------------
 

@@ -39,34 +39,38 @@ def measure_windows(server: ForkServer, root: str, reference: str) -> dict[str, 
 
 
 class Chain:
-    """One run and all that was acknowledged in it; `tally` counts what the killed processes left."""
+    """One run and what may be found in it; `tally` counts what the killed processes left.
+
+    `at_least` is the last step acknowledged or seen, `at_most` the last one that a save was begun for.
+    """
 
     def __init__(self, server: ForkServer, root: str, reference: str, tally: Counter[str]) -> None:
         self.server, self.root, self.reference, self.tally = server, root, reference, tally
-        self.facts = server.finish(commit_steps, root, 2).all("committed")
-        self.tried: int | None = None
+        self.acknowledged = server.finish(commit_steps, root, 2).all("committed")[-1]
+        self.at_least = self.at_most = self.acknowledged["step"]
 
     def run(self, ending: Ending) -> None:
-        fate = self.server.run(storm_trial, self.root, self.reference, self.facts[-1:], ending=ending)
+        fate = self.server.run(storm_trial, self.root, self.reference, [self.acknowledged], ending=ending)
         assert fate.exit_code == -signal.SIGKILL, fate.describe()
-        if fate.ended_by_us:
-            self.tally["killed"] += 1
-        self._judge_predecessor(fate)
-        self.facts += fate.all("committed")
-        saving = fate.all("saving")
-        self.tried = saving[-1]["step"] if saving else None
-
-    def _judge_predecessor(self, fate: Fate) -> None:
-        """What this process found is what the one before it left."""
+        self.tally["killed"] += fate.ended_by_us
         if not fate.has("found"):
             return
+        self._judge(fate)
+        for report in fate.all("saving"):
+            self.at_most = report["step"]
+        for report in fate.all("committed"):
+            self.acknowledged, self.at_least = report, report["step"]
+
+    def _judge(self, fate: Fate) -> None:
+        """What this process found is what the one before it left."""
         found = fate.one("found")
         assert found["problems"] == [], found
-        acknowledged = self.facts[-1]["step"]
-        assert acknowledged <= found["latest"] <= (self.tried or acknowledged), (found, acknowledged, self.tried)
-        if self.tried is not None:
-            is_new = found["latest"] == self.tried
-            self.tally["new, acknowledged" if is_new and self.tried == acknowledged else "new" if is_new else "old"] += 1
+        assert self.at_least <= found["latest"] <= self.at_most, (found, self.at_least, self.at_most)
+        if found["latest"] < self.at_most:
+            self.tally["old"] += 1
+        else:
+            self.tally["new, acknowledged" if self.at_least == self.at_most else "new"] += 1
+        self.at_least = self.at_most = found["latest"]
         for prefix in (".tmp-", ".trash-"):
             self.tally[f"left {prefix}"] += any(name.startswith(prefix) for name in found["remains"])
         for swept in fate.all("swept"):

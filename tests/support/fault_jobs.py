@@ -74,6 +74,16 @@ def observe(save: Callable[[], dckpt.PendingSave]) -> Seen:
     return seen
 
 
+def start(root: str, run: SmallRun, deadline_s: float, **options: Any) -> dckpt.Checkpointer:
+    """A run with one checkpoint. Its deadline is short only from here on: connecting and importing may take long."""
+    checkpointer = dckpt.Checkpointer(root, deadline_s=60.0, signals=(), **options)
+    checkpointer.resume(run.state)
+    run.step()
+    assert checkpointer.save(run.state, blocking=True).outcome == "committed"
+    checkpointer._deadline_s = checkpointer._coordination._deadline_s = deadline_s
+    return checkpointer
+
+
 def collective_works(world_size: int) -> bool:
     total = torch.ones(1)
     dist.all_reduce(total)
@@ -123,10 +133,7 @@ def fail_in_turn(
     """A good save, then for each (phase, kind, failing rank) a save that fails, a collective, and a save that commits."""
     run = SmallRun(layout)
     found = []
-    with dckpt.Checkpointer(root, deadline_s=deadline_s, signals=(), give_up_after=2) as checkpointer:
-        checkpointer.resume(run.state)
-        run.step()
-        assert checkpointer.save(run.state, blocking=True).outcome == "committed"
+    with start(root, run, deadline_s, give_up_after=2) as checkpointer:
         for phase, kind, at_rank in cases:
             run.step()
             if rank == at_rank:
@@ -152,10 +159,7 @@ def die_in_a_save(
     run = SmallRun("plain")
     pids: list[int] = [0] * world_size
     dist.all_gather_object(pids, os.getpid())
-    checkpointer = dckpt.Checkpointer(root, deadline_s=deadline_s, signals=())
-    checkpointer.resume(run.state)
-    run.step()
-    assert checkpointer.save(run.state, blocking=True).outcome == "committed"
+    checkpointer = start(root, run, deadline_s)
     run.step()
     point = moment or PHASE_POINTS[phase]
     if phase == "commit" and victim != 0 and rank == 0:
@@ -178,10 +182,7 @@ def stop_in_turn(
     """For each (phase, victim) a save in which the victim stops itself until the test continues it; then a good save."""
     run = SmallRun("plain")
     found = []
-    with dckpt.Checkpointer(root, deadline_s=deadline_s, signals=(), give_up_after=2) as checkpointer:
-        checkpointer.resume(run.state)
-        run.step()
-        assert checkpointer.save(run.state, blocking=True).outcome == "committed"
+    with start(root, run, deadline_s, give_up_after=2) as checkpointer:
         for number, (phase, victim) in enumerate(cases):
             run.step()
             if rank == victim:
@@ -203,9 +204,7 @@ def leave_a_save_out(
 ) -> dict[str, Any]:
     """Some ranks do not call save(step=100) (and as many later ones as `calls` says); then every rank saves step 200."""
     run = SmallRun("plain")
-    with dckpt.Checkpointer(root, deadline_s=deadline_s, signals=(), give_up_after=9) as checkpointer:
-        checkpointer.resume(run.state)
-        assert checkpointer.save(run.state, step=1, blocking=True).outcome == "committed"
+    with start(root, run, deadline_s, give_up_after=9) as checkpointer:
         seen = []
         for number in range(calls):
             run.step()

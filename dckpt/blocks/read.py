@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -133,11 +134,11 @@ class VerifiedFile:
             self._last = (last, block[(last - first) * BLOCK_BYTES :])
         return block[begin - first * BLOCK_BYTES : end - first * BLOCK_BYTES]
 
-    def verify_blocks(self, first: int, stop: int) -> None:
+    def verify_blocks(self, first: int, stop: int, on_bytes: Callable[[int], None]) -> None:
         """Reads blocks `first` to `stop` (exclusive) for their checksums alone, 16 MiB at a time."""
         step = 16 * 2**20 // BLOCK_BYTES
         for begin in range(first, stop, step):
-            self._read_blocks(begin, min(stop, begin + step))
+            on_bytes(len(self._read_blocks(begin, min(stop, begin + step))))
 
     def _read_blocks(self, first: int, stop: int) -> memoryview:
         begin, end = first * BLOCK_BYTES, min(stop * BLOCK_BYTES, self.entry.size)

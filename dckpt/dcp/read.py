@@ -78,6 +78,7 @@ class CheckpointFiles:
         self._manifest = manifest
         self._index = index
         self._entries: dict[str, FileEntry] = {entry.path.rsplit("/", 1)[-1]: entry for entry in manifest.shard_entries}
+        self._extents = index.file_extents()
         self._open: OrderedDict[int, VerifiedFile] = OrderedDict()
 
     def __enter__(self) -> CheckpointFiles:
@@ -86,9 +87,12 @@ class CheckpointFiles:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for file in self._open.values():
-            file.close()
-        self._open.clear()
+        self.close()
+
+    def close(self) -> None:
+        """Closes what is open; safe to repeat."""
+        while self._open:
+            self._open.popitem()[1].close()
 
     def _file(self, number: int) -> VerifiedFile:
         if number in self._open:
@@ -104,6 +108,16 @@ class CheckpointFiles:
                 field="files",
                 expected=name,
                 found=None,
+            )
+        if self._extents[number] > entry.size:
+            raise CorruptCheckpointError(
+                f"{self._storage.locate(self._checkpoint)}/{entry.path}: expected at least "
+                f"{self._extents[number]:,} bytes by the layout index, found {entry.size:,} in the manifest. "
+                "The checkpoint is inconsistent; use an older step.",
+                key=f"{self._checkpoint}/{entry.path}",
+                field="size",
+                expected=self._extents[number],
+                found=entry.size,
             )
         if len(self._open) >= OPEN_FILES_MAX:
             self._open.popitem(last=False)[1].close()
@@ -136,13 +150,26 @@ class CheckpointFiles:
             _fill(target[done : done + rows], source[(slice(None), *inner)])
             on_bytes(len(data))
 
-    def read_bytes(self, name: str) -> bytes:
-        """The bytes of a whole U8 record (a tensor of one dimension and one chunk)."""
-        (chunk,) = self._index.chunks(name)
-        length = math.prod(chunk.sizes)
+    def read_bytes(self, name: str, *, limit: int) -> bytes:
+        """The bytes of a whole record: a U8 tensor of one dimension and one chunk, at most `limit` bytes.
+
+        A record of another shape is a `CorruptCheckpointError`, found before memory is taken for it.
+        """
+        meta, chunks = self._index.meta(name), self._index.chunks(name)
+        length = math.prod(meta.shape)
+        if (meta.dtype, len(meta.shape), len(chunks)) != ("U8", 1, 1) or length > limit:
+            raise CorruptCheckpointError(
+                f"Checkpoint {self._storage.locate(self._checkpoint)}: record {name}: expected one U8 chunk of at most "
+                f"{limit:,} bytes, found {meta.dtype} {list(meta.shape)} in {len(chunks)} chunks. Use an older step.",
+                key=f"{self._checkpoint}/{self._manifest.index_entry.path}",
+                field=name,
+                expected=f"U8, one dimension, at most {limit} bytes",
+                found=f"{meta.dtype} {list(meta.shape)}",
+            )
+        chunk = chunks[0]
         return bytes(self._file(chunk.file).read(chunk.begin, chunk.begin + length))
 
-    def verify_rest(self, number: int, is_read: Callable[[str], bool]) -> None:
+    def verify_rest(self, number: int, is_read: Callable[[str], bool], on_bytes: Callable[[int], None]) -> None:
         """Verifies the blocks of file `number` that hold anything but tensors for which `is_read` is true.
 
         Those tensors are verified by whoever reads them; headers and records nobody asks for would otherwise go unseen.
@@ -157,7 +184,7 @@ class CheckpointFiles:
         _mark(blocks, place, file.entry.size)
         edges = np.flatnonzero(np.diff(np.concatenate(([False], blocks, [False])).astype(np.int8)))
         for first, stop in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True):
-            file.verify_blocks(first, stop)
+            file.verify_blocks(first, stop, on_bytes)
 
 
 def _fill(target: torch.Tensor, source: torch.Tensor) -> None:

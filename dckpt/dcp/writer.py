@@ -203,10 +203,11 @@ class DckptWriter(StorageWriter):
             index_entry = transaction.write_index(_build_index(stored))
             manifest = self._manifest(metadata, stored, (*entries, index_entry), len(results))
             transaction.stage_manifest(manifest)
+            transaction.publish()
         except BaseException:
+            # Does nothing if the attempt is, or may be, committed.
             transaction.abandon()
             raise
-        transaction.publish()
         log.info("checkpoint committed at %s", self._url)
 
     def _manifest(

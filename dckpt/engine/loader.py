@@ -14,7 +14,7 @@ from dckpt.catalog.generations import list_generations, read_generation
 from dckpt.dcp.read import CheckpointFiles, plan_tensor_reads
 from dckpt.engine.plan import RNG
 from dckpt.engine.refusal import REFUSALS, encode_refusal, raise_refusals
-from dckpt.engine.rng_restore import restore_rng_streams
+from dckpt.engine.rng_restore import RngPlan, plan_rng_streams
 from dckpt.engine.saved_state import SavedState
 from dckpt.errors import (
     CheckpointNotFoundError,
@@ -35,6 +35,7 @@ from dckpt.ranks.session import Session
 from dckpt.ranks.topology import Topology
 from dckpt.resume.report import LoadResult
 from dckpt.state.records import RestorePlan
+from dckpt.state.rng import restore_rng
 from dckpt.state.train_state import TrainState
 from dckpt.storage.base import Storage
 
@@ -71,6 +72,7 @@ class _Candidate:
     name: str
     saved: SavedState
     plan: RestorePlan
+    rng: RngPlan
     files: CheckpointFiles = field(repr=False)
 
 
@@ -101,6 +103,22 @@ class Loader:
         """
         self._loads += 1
         session = self._coordination.session(f"load-{self._loads}", what=call, call=call)
+        try:
+            return self._load_first(state, session, select, options)
+        except (KeyboardInterrupt, SystemExit) as interrupt:
+            # This process ends; the others learn why instead of waiting for their deadline.
+            session.abort(interrupt)
+            raise
+        finally:
+            session.close()
+
+    def _load_first(
+        self,
+        state: TrainState,
+        session: Session,
+        select: Callable[[Catalog], list[CheckpointId]],
+        options: LoadOptions,
+    ) -> Loaded | None:
         found = _parse(session.exchange("find", b"", lambda _: self._find(select)))
         self.observed_generation = found["observed"]
         if found["names"] is None:
@@ -162,13 +180,13 @@ class Loader:
             verdict = self._vote(session, f"read-{number}", {}, failure, _decide_corrupt)
             if "corrupt" in verdict:
                 return _corrupt(verdict)
-            rng, failure = self._apply(state, candidate, options)
+            failure = self._apply(state, candidate)
             verdict = self._vote(session, f"apply-{number}", {}, failure, _decide_corrupt)
             if "corrupt" in verdict:
                 return _corrupt(verdict)
         finally:
             if candidate is not None:
-                candidate.files.__exit__(None, None, None)
+                candidate.files.close()
         saved = candidate.saved
         return LoadResult(
             checkpoint=name,
@@ -179,7 +197,7 @@ class Loader:
             manifest=saved.manifest,
             parts=tuple(part for part in saved.parts if part not in candidate.plan.skipped_parts),
             skipped_parts=tuple(candidate.plan.skipped_parts),
-            rng=rng,
+            rng=candidate.rng.told,
             carried_from_rank_0=saved.carried_tensors(),
         )
 
@@ -226,8 +244,7 @@ class Loader:
                 manifest,
                 index,
                 files,
-                rank=self._topology.rank,
-                is_same_mesh=self._is_same_mesh(state, manifest),
+                source_rank=self._source_rank(state, manifest),
             )
             plan = state.plan_restore(
                 saved,
@@ -236,14 +253,27 @@ class Loader:
                 allow_unexpected=options.allow_unexpected,
                 cast=options.cast,
             )
-            return _Candidate(name, saved, plan, files), None
+            return _Candidate(name, saved, plan, self._plan_rng(state, saved, options), files), None
         except Exception as error:  # noqa: BLE001 - it travels to all ranks, which raise it together
             return None, error
 
-    def _is_same_mesh(self, state: TrainState, manifest: Manifest) -> bool:
-        axes = state.mesh_axes()
-        saved = dict(zip(manifest.mesh.axes, manifest.mesh.shape, strict=True)) if manifest.mesh else None
-        return manifest.world_size == self._topology.world_size and (axes or None) == saved
+    def _source_rank(self, state: TrainState, manifest: Manifest) -> int | None:
+        """The rank that stood at this one's place when the checkpoint was saved; None if the mesh is another one."""
+        axes = state.mesh_axes() or {}
+        saved = tuple(zip(manifest.mesh.axes, manifest.mesh.shape, strict=True)) if manifest.mesh else ()
+        if manifest.world_size != self._topology.world_size or tuple(axes.items()) != saved:
+            return None
+        place = state.coordinates()
+        if manifest.coordinates is None or place is None:
+            return self._topology.rank
+        # The same mesh may number its places differently: a place keeps its streams, not a rank its number.
+        return manifest.coordinates.index(tuple(place.values()))
+
+    def _plan_rng(self, state: TrainState, saved: SavedState, options: LoadOptions) -> RngPlan:
+        is_wanted = options.parts is None or RNG in options.parts
+        if not is_wanted or RNG not in saved.parts:
+            return RngPlan({}, {})
+        return plan_rng_streams(state, saved, state.coordinates() or {"rank": self._topology.rank})
 
     def _read_manifest(self, name: str, sha256: str) -> Manifest:
         """The manifest that the coordinator announced; waits a while for it to become visible on this node."""
@@ -287,25 +317,20 @@ class Loader:
             world, rank = self._topology.world_size, self._topology.rank
             for number in range(rank, len(saved.index.files), world):
                 # Per-rank records are read by one rank only, so they count as unread for everybody's share.
-                candidate.files.verify_rest(number, lambda n: n in wanted and not n.startswith("rank."))
-                session.beat(done := done + 1)
+                candidate.files.verify_rest(number, lambda n: n in wanted and not n.startswith("rank."), on_bytes)
         except Exception as error:  # noqa: BLE001 - it travels to all ranks, which raise it together
             return error
         return None
 
-    def _apply(
-        self, state: TrainState, candidate: _Candidate, options: LoadOptions
-    ) -> tuple[dict[str, str], Exception | None]:
+    def _apply(self, state: TrainState, candidate: _Candidate) -> Exception | None:
         try:
             candidate.plan.apply()
             # RNG comes last: building iterators or stepping schedulers above may have drawn from the streams.
-            is_wanted = options.parts is None or RNG in options.parts
-            if not is_wanted or RNG not in candidate.saved.parts:
-                return {}, None
-            coordinates = state.coordinates() or {"rank": self._topology.rank}
-            return restore_rng_streams(state, candidate.saved, coordinates), None
+            restore_rng(candidate.rng.streams, state.generators)
+            candidate.files.close()
         except Exception as error:  # noqa: BLE001 - it travels to all ranks, which raise it together
-            return {}, error
+            return error
+        return None
 
     def _vote(
         self,

@@ -19,6 +19,7 @@ SCATTER_BYTES_MIN = 64 * 1024
 
 PLAN_BYTES_MAX = 2**31
 RNG = "rng"
+RECORD_BYTES_MAX = 64 * 2**20  # a rank's values of one component, as FORMAT.md limits them
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from dckpt.engine.saved_state import SavedState
-from dckpt.state.rng import RngAction, available_streams, plan_rng, rekey_stream, restore_rng, run_seed_of
+from dckpt.state.rng import RngAction, available_streams, ensure_restorable, plan_rng, rekey_stream, run_seed_of
 from dckpt.state.train_state import TrainState
 
 TOLD: dict[RngAction, str] = {
@@ -17,8 +18,16 @@ TOLD: dict[RngAction, str] = {
 }
 
 
-def restore_rng_streams(state: TrainState, saved: SavedState, coordinates: dict[str, int]) -> dict[str, str]:
-    """Restores every stream of this process by the rule in FORMAT.md; returns stream -> what was done with it.
+@dataclass(frozen=True, slots=True)
+class RngPlan:
+    """What `restore_rng` will set, already checked against this process's generators, and how each came about."""
+
+    streams: dict[str, Any]
+    told: dict[str, str]
+
+
+def plan_rng_streams(state: TrainState, saved: SavedState, coordinates: dict[str, int]) -> RngPlan:
+    """The streams of this process by the rule in FORMAT.md, section 10.3. Touches nothing.
 
     A run that was saved by one rank cannot tell streams that ranks share from streams that they do not: on more ranks
     all of them are re-derived, because equal dropout masks on all ranks would be the worse mistake.
@@ -37,8 +46,8 @@ def restore_rng_streams(state: TrainState, saved: SavedState, coordinates: dict[
                 plan[stream] = "fresh"
         elif action == "rekey":
             streams[stream] = _rekey(stream, saved, _place(axes[stream], coordinates))
-    restore_rng(streams, state.generators)
-    return {stream: TOLD[action] for stream, action in sorted(plan.items())}
+    ensure_restorable(streams, state.generators)
+    return RngPlan(streams, {stream: TOLD[action] for stream, action in sorted(plan.items())})
 
 
 def _place(axes: tuple[str, ...], coordinates: dict[str, int]) -> dict[str, int]:

@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from dckpt.dcp.read import CheckpointFiles
-from dckpt.engine.plan import RNG, record_name, values_record_name
+from dckpt.engine.plan import RECORD_BYTES_MAX, RNG, record_name, values_record_name
+from dckpt.errors import CorruptCheckpointError
 from dckpt.format.index import LayoutIndex
 from dckpt.format.manifest import Manifest
 from dckpt.format.values import load_json
-
-RECORD_BYTES_MAX = 2**30
 
 # Parts whose per-rank difference has a defined answer on another number of ranks: rank 0's value, said in the report.
 CARRIED_PARTS = ("model", "ema")
@@ -20,8 +19,23 @@ CARRIED_PARTS = ("model", "ema")
 CARRIED_VALUES = ("progress",)
 
 
+def _ensure_streams(value: Any, name: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise CorruptCheckpointError(
+            f"Record {name}: expected random streams by name, found {type(value).__name__}. Use an older step.",
+            key=name,
+            field=RNG,
+            expected="an object",
+            found=type(value).__name__,
+        )
+    return value
+
+
 class SavedState:
-    """The view that `TrainState.plan_restore` takes. Reads this rank's records when made, tensors never."""
+    """The view that `TrainState.plan_restore` takes. Reads this rank's records when made, tensors never.
+
+    source_rank: which saving rank stood where this one stands; None if the mesh is another one.
+    """
 
     def __init__(
         self,
@@ -29,18 +43,17 @@ class SavedState:
         index: LayoutIndex,
         files: CheckpointFiles,
         *,
-        rank: int,
-        is_same_mesh: bool,
+        source_rank: int | None,
     ) -> None:
         self.manifest = manifest
         self.index = index
-        self.is_same_mesh = is_same_mesh
+        self.is_same_mesh = source_rank is not None
         self.world_size = manifest.world_size
         self.step = manifest.step
         self.generation = manifest.generation
         self.aliases: Mapping[str, str] = manifest.aliases
         self.parts = manifest.parts
-        self._source_rank = rank if is_same_mesh else 0
+        self._source_rank = source_rank or 0
         self._rank_tensors = frozenset(manifest.rank_tensors)
         self._values = dict(manifest.values)
         self.rng: dict[str, Any] = {}
@@ -48,9 +61,9 @@ class SavedState:
             name = values_record_name(self._source_rank, component)
             if name not in index:
                 continue
-            value = load_json(files.read_bytes(name), key=name, limit=RECORD_BYTES_MAX)
+            value = load_json(files.read_bytes(name, limit=RECORD_BYTES_MAX), key=name, limit=RECORD_BYTES_MAX)
             if component == RNG:
-                self.rng = value
+                self.rng = _ensure_streams(value, name)
             else:
                 self._values[component] = value
 

@@ -9,7 +9,7 @@ import torch
 from dckpt import failpoint
 from dckpt.blocks.buffer import ImageBuffer
 from dckpt.dcp.chunks import LocalChunk, copy_to_bytes, local_chunks, tensor_digest
-from dckpt.engine.plan import RNG, LocalTensor, RankPlan, WriteItem
+from dckpt.engine.plan import RECORD_BYTES_MAX, RNG, LocalTensor, RankPlan, WriteItem
 from dckpt.format.checksum import digest_bytes
 from dckpt.format.shard_file import ShardFilePlan
 from dckpt.format.values import dump_json
@@ -26,8 +26,10 @@ class LocalState:
     ) -> None:
         self.captured = captured
         self.chunks: list[list[LocalChunk]] = [local_chunks(item.name, item.tensor) for item in captured.tensors]
-        self.records: dict[str, bytes] = {name: dump_json(value) for name, value in captured.values.items()}
-        self.records[RNG] = dump_json(captured.rng)
+        self.records: dict[str, bytes] = {
+            name: dump_json(value, limit=RECORD_BYTES_MAX) for name, value in captured.values.items()
+        }
+        self.records[RNG] = dump_json(captured.rng, limit=RECORD_BYTES_MAX)
         self.plan = RankPlan(
             step=step,
             micro_step=micro_step,

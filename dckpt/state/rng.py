@@ -106,6 +106,21 @@ def _generator_record(name: str, generator: Any) -> dict[str, Any]:
 def restore_rng(streams: Mapping[str, JsonValue], generators: Mapping[str, Any] | None = None) -> None:
     """Set every stream given. All of them are checked before the first one is touched; others stay as they are."""
     generators = generators or {}
+    records = ensure_restorable(streams, generators)
+    # `cuda` is last: should the current device have another number now, its own stream wins over `cuda:<i>`.
+    for stream in sorted(records, key=lambda name: (name == "cuda", name)):
+        _set_stream(stream, records[stream], generators, has_own=records)
+
+
+def ensure_restorable(
+    streams: Mapping[str, JsonValue], generators: Mapping[str, Any] | None = None
+) -> dict[str, dict[str, Any]]:
+    """The decoded streams, once all of them fit this process's devices and generators; touches nothing.
+
+    `ConfigError` for a stream that this process does not have or has in another kind, `CorruptCheckpointError` for a
+    state that is none.
+    """
+    generators = generators or {}
     records = {stream: _decode(stream, state) for stream, state in streams.items()}
     unavailable = sorted(set(records) - set(available_streams(generators)))
     if unavailable:
@@ -115,9 +130,7 @@ def restore_rng(streams: Mapping[str, JsonValue], generators: Mapping[str, Any] 
         )
     for stream, record in records.items():
         _ensure_fits(stream, record, generators)
-    # `cuda` is last: should the current device have another number now, its own stream wins over `cuda:<i>`.
-    for stream in sorted(records, key=lambda name: (name == "cuda", name)):
-        _set_stream(stream, records[stream], generators, has_own=records)
+    return records
 
 
 def available_streams(generators: Mapping[str, Any] | None = None) -> list[str]:

@@ -7,6 +7,7 @@ without its fsync shows under the first, a lost name only under the second.
 from __future__ import annotations
 
 import random
+import shutil
 import signal
 from collections import Counter
 from collections.abc import Iterator
@@ -68,6 +69,8 @@ class Victim:
     """A run in a fresh directory of the disk, and what was acknowledged in it."""
 
     def __init__(self, server: ForkServer, disk: LoopDisk) -> None:
+        for earlier in disk.mount.glob("deep*"):
+            shutil.rmtree(earlier)
         CUTS["runs"] += 1
         self.server, self.disk = server, disk
         self.root = str(disk.mount / f"deep{CUTS['runs']}" / "run")

@@ -90,6 +90,16 @@ def collective_works(world_size: int) -> bool:
     return total.item() == world_size
 
 
+def end_with(number: signal.Signals) -> Callable[[], None]:
+    """Kills or stops this process, a moment later: the others have then come out of the phase before."""
+
+    def act() -> None:
+        time.sleep(0.3)
+        os.kill(os.getpid(), number)
+
+    return act
+
+
 @contextmanager
 def fault(checkpointer: dckpt.Checkpointer, phase: str, kind: str) -> Iterator[Callable[[], int]]:
     """Arms one failure on this rank and puts all back afterwards; the value tells how often it struck.
@@ -99,7 +109,12 @@ def fault(checkpointer: dckpt.Checkpointer, phase: str, kind: str) -> Iterator[C
     code = getattr(errno, kind)
     storage: Any = checkpointer._storage
     healthy = storage._posix
-    calls = {("write", "EIO"): "fsync", ("write", "ENOSPC"): "write", ("commit", "EIO"): "fsync", ("commit", "ENOSPC"): "rename"}
+    calls = {
+        ("write", "EIO"): "fsync",
+        ("write", "ENOSPC"): "write",
+        ("commit", "EIO"): "fsync",
+        ("commit", "ENOSPC"): "rename",
+    }
     call = calls.get((phase, kind))
     if call is None:
 
@@ -166,7 +181,7 @@ def die_in_a_save(
         # Once the coordinator has everything, the victim has nothing left to do but wait for the conclusion.
         failpoint.arm({point: lambda: os.kill(pids[victim], signal.SIGKILL)})
     elif rank == victim and (phase != "commit" or victim == 0):
-        failpoint.arm({point: lambda: os.kill(os.getpid(), signal.SIGKILL)})
+        failpoint.arm({point: end_with(signal.SIGKILL)})
     try:
         seen = observe(lambda: checkpointer.save(run.state))
     finally:
@@ -186,7 +201,7 @@ def stop_in_turn(
         for number, (phase, victim) in enumerate(cases):
             run.step()
             if rank == victim:
-                failpoint.arm({PHASE_POINTS[phase]: lambda: os.kill(os.getpid(), signal.SIGSTOP)})
+                failpoint.arm({PHASE_POINTS[phase]: end_with(signal.SIGSTOP)})
             seen = observe(lambda: checkpointer.save(run.state))
             failpoint.disarm()
             with open(os.path.join(signals, f"{number}-{rank}"), "w"):
@@ -236,3 +251,20 @@ def disagree(rank: int, world_size: int, root: str, about: str, deadline_s: floa
         good = SmallRun("fsdp")
         after = observe(lambda: checkpointer.save(good.state, step=20))
         return {"seen": seen, "collective": works, "after": after, "steps": checkpointer.steps()}
+
+
+def skip_when_busy(rank: int, world_size: int, root: str) -> list[int]:
+    """The last rank writes the save of step 2 slowly; step 3 comes due meanwhile. Returns the steps that were saved."""
+    run = SmallRun("plain")
+    every = dckpt.Every(steps=1)
+    with dckpt.Checkpointer(root, save=every, when_busy="skip", deadline_s=60.0, signals=()) as checkpointer:
+        checkpointer.resume(run.state)
+        for number in range(1, 5):
+            slow = number == 2 and rank == world_size - 1
+            failpoint.arm({"before_shard_write": (lambda: time.sleep(0.7)) if slow else (lambda: None)})
+            run.step()
+            checkpointer.step(run.state)
+            if number != 2:
+                checkpointer.wait()
+        failpoint.disarm()
+        return checkpointer.steps()

@@ -201,8 +201,8 @@ def zombie(rank: int, world_size: int, root: str, point: str, wakes: str) -> Map
 
 def keep(
     rank: int, world_size: int, root: str, retention: dckpt.Retention, losses: list[float], pinned: list[int]
-) -> list[int]:
-    """Saves a step for each loss, pins some of them at once, and the steps that are left."""
+) -> None:
+    """Resumes, saves a step for each loss and pins some of them at once. Deleting ends before `close` returns."""
     run = Small()
     with open_run(root, retention=retention) as checkpointer:
         checkpointer.resume(run.state)
@@ -210,31 +210,17 @@ def keep(
             run.train(1)
             committed(checkpointer, run, metrics={"val_loss": loss})
             if run.progress.step in pinned:
-                checkpointer.pin(run.progress.step)
-        return checkpointer.steps()
+                checkpointer.pin("latest")
 
 
-def pin_and_unpin(rank: int, world_size: int, root: str) -> list[list[int]]:
-    """The steps after each of: saves with a pin, a save after it was taken away."""
-    run = Small()
-    found = []
-    with open_run(root, retention=dckpt.Retention(last=2)) as checkpointer:
-        checkpointer.resume(run.state)
-        for _ in range(4):
-            run.train(1)
-            committed(checkpointer, run)
-            if run.progress.step == 1:
-                assert checkpointer.pin("latest") == "step-0000000001.g0001"
-        found.append(checkpointer.steps())
-        assert checkpointer.unpin(1) == "step-0000000001.g0001"
-        run.train(1)
-        committed(checkpointer, run)
-        found.append(checkpointer.steps())
-    return found
+def unpin(rank: int, world_size: int, root: str, step: int) -> str:
+    """Takes a pin away."""
+    with open_run(root) as checkpointer:
+        return checkpointer.unpin(step)
 
 
-def rewind_with_retention(rank: int, world_size: int, root: str) -> list[int]:
-    """Loads step 2 of 4 and goes on with `last=1`; the steps of the line."""
+def rewind_with_retention(rank: int, world_size: int, root: str) -> None:
+    """Loads step 2 of 4 and goes on with `last=1`."""
     save_small(rank, world_size, root, [1, 2, 3, 4])
     run = Small(3.0)
     with open_run(root, retention=dckpt.Retention(last=1)) as checkpointer:
@@ -242,4 +228,3 @@ def rewind_with_retention(rank: int, world_size: int, root: str) -> list[int]:
         for _ in range(2):
             run.train(1)
             committed(checkpointer, run)
-        return checkpointer.steps()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -128,12 +130,13 @@ def has_mkfs(kind: str) -> bool:
     return shutil.which(f"mkfs.{kind}") is not None
 
 
+@functools.cache
 def why_not_loop(kind: str) -> str | None:
     """None if file systems of this kind can be mounted and cut here, else the operation that was refused."""
     try:
         disk = LoopDisk(kind)
     except UnavailableError as error:
-        return str(error)
+        return _without_paths(error)
     try:
         disk.cut(NOLOGFLUSH)
     except OSError as error:
@@ -143,13 +146,19 @@ def why_not_loop(kind: str) -> str | None:
     return None
 
 
+@functools.cache
 def why_not_tmpfs() -> str | None:
     """None if a tmpfs can be mounted here, else why not."""
     try:
         with small_tmpfs(MIB):
             return None
     except UnavailableError as error:
-        return str(error)
+        return _without_paths(error)
+
+
+def _without_paths(error: UnavailableError) -> str:
+    """One line that is the same for every test that is skipped for it."""
+    return re.sub(r"/\S*dckpt-[^\s:]*", "...", str(error).splitlines()[0])
 
 
 def _unmount(mount: Path) -> None:

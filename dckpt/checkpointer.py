@@ -254,9 +254,9 @@ class Checkpointer:
     def resume(self, state: TrainState, *, policy: ResumePolicy | None = None) -> ResumeReport | None:
         """Loads the newest good checkpoint of the run's current line into `state`, RNG last, and reports.
 
-        None means a new run: the root has no checkpoint and no generation that continued one; that is announced. Corruption that a second,
-        uncached read confirmed walks back to the next older checkpoint; storage trouble and a state that does not fit
-        are raised, and so is a run in which every candidate is damaged.
+        None means a new run: the root has no checkpoint and no generation that continued one; that is announced.
+        Corruption that a second, uncached read confirmed walks back to the next older checkpoint; storage trouble and a
+        state that does not fit are raised, and so is a run in which every candidate is damaged.
         """
         chosen = policy or ResumePolicy()
         loaded = self._load(

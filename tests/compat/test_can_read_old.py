@@ -79,5 +79,5 @@ def test_this_dckpt_still_writes_the_same_bytes(ranks, tmp_path):
     old, new = golden.content(newest), golden.content(tmp_path)
     del old[golden.EXPECTED]
     assert set(new) == set(old)
-    # The manifest names the versions of torch and Python that wrote it.
-    assert [name for name in old if old[name] != new[name] and not name.endswith("manifest.json")] == []
+    # Records in JSON name the time and the versions of torch and Python that wrote them.
+    assert [name for name in old if old[name] != new[name] and not name.endswith(".json")] == []

@@ -18,7 +18,8 @@ from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 from dckpt.blocks.buffer import ImageBuffer
-from dckpt.blocks.write import write_shard_file
+from dckpt.blocks.workers import ByteWorkers
+from dckpt.blocks.write import WRITER_THREADS, write_shard_file
 from dckpt.catalog.transaction import Transaction
 from dckpt.dcp.chunks import copy_to_bytes
 from dckpt.dcp.location import split_checkpoint_url
@@ -83,6 +84,7 @@ class DckptWriter(StorageWriter):
         self._transaction: Transaction | None = None
         self._attempt: str | None = None
         self._buffer = ImageBuffer()
+        self._workers = ByteWorkers(WRITER_THREADS)
 
     def __getstate__(self) -> dict[str, Any]:
         """For a checkpointing process (`AsyncCheckpointerType.PROCESS`): settings travel, buffers do not."""
@@ -183,7 +185,9 @@ class DckptWriter(StorageWriter):
                 item, tensor = pending[(shard_tensor.name, shard_tensor.offsets)]
                 copy_to_bytes(tensor, image[begin : begin + shard_tensor.nbytes])
                 stored[id(item)] = _stored(item, shard_tensor, file.file, begin)
-            entries += write_shard_file(storage, directory, attempt, rank, file.file, image, on_bytes=lambda _: None)
+            entries += write_shard_file(
+                storage, directory, attempt, rank, file.file, image, lambda _: None, self._workers
+            )
         storage.sync_dir(directory)
         future: Future[list[WriteResult]] = Future()
         future.set_result(_results(plan.items, stored, tuple(entries)))

@@ -13,7 +13,8 @@ from typing import Any
 
 from dckpt import failpoint
 from dckpt.blocks.buffer import ImageBuffer
-from dckpt.blocks.write import write_shard_file
+from dckpt.blocks.workers import ByteWorkers
+from dckpt.blocks.write import WRITER_THREADS, write_shard_file
 from dckpt.catalog.prune import find_leftovers, sweep
 from dckpt.catalog.transaction import Transaction, read_attempt
 from dckpt.engine.lineage import Lineage
@@ -113,6 +114,7 @@ class Saver:
         self._topology = topology
         self._on_commit = on_commit
         self._buffer = ImageBuffer()
+        self._workers = ByteWorkers(WRITER_THREADS)
         self._saves = 0
         self.lineage = Lineage(storage)
 
@@ -137,6 +139,7 @@ class Saver:
             begun.phase = "stage"
             failpoint.reach("plan_agreed")
             files = self._files_to_write(local, decision)
+            self._workers.start()
             images = stage(local, files, self._buffer)
             pending.checkpoint = decision["checkpoint"]
             pending.mark_staged()
@@ -389,7 +392,14 @@ class Saver:
         try:
             for plan, image in job.files:
                 entries += write_shard_file(
-                    self._storage, directory, job.attempt, self._topology.rank, plan.file, image, on_bytes
+                    self._storage,
+                    directory,
+                    job.attempt,
+                    self._topology.rank,
+                    plan.file,
+                    image,
+                    on_bytes,
+                    self._workers,
                 )
             # Each rank syncs the directory on its own node: on a shared file system only that client's view counts.
             self._storage.sync_dir(directory)

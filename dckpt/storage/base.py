@@ -130,8 +130,11 @@ class Storage(Protocol):
         """The directory exists, with those above it. Durable once its own directory is synced."""
         ...
 
-    def create_file(self, key: str) -> FileWriter:
-        """A new file, exclusively; `KeyExistsError` if the name is taken. Its directory must exist."""
+    def create_file(self, key: str, *, is_large: bool = False) -> FileWriter:
+        """A new file, exclusively; `KeyExistsError` if the name is taken. Its directory must exist.
+
+        `is_large`: worth going around the page cache where the storage can. Takes the same calls either way.
+        """
         ...
 
     def sync_dir(self, key: str = "") -> None:

@@ -180,8 +180,8 @@ class LocalStorage:
             path = f"{path}/{part}"
             self._mkdir(path)
 
-    def create_file(self, key: str) -> LocalWriter:
-        return LocalWriter(self._posix, self._path(check_key(key)))
+    def create_file(self, key: str, *, is_large: bool = False) -> LocalWriter:
+        return LocalWriter(self._posix, self._path(check_key(key)), is_large=is_large)
 
     def sync_dir(self, key: str = "") -> None:
         self._sync_path(self._path(key))

@@ -9,7 +9,7 @@ import os
 from types import TracebackType
 
 from dckpt.errors import CorruptCheckpointError, StorageError
-from dckpt.storage.posix import CREATE_FLAGS, Posix, read_again, storage_error, translated
+from dckpt.storage.posix import CREATE_FLAGS, DIRECT_WRITE_FLAGS, Posix, read_again, storage_error, translated
 
 logger = logging.getLogger(__name__)
 
@@ -18,19 +18,33 @@ _DIRECT_BUFFER_BYTES = 4 * 2**20
 
 
 class LocalWriter:
-    """A `FileWriter`. One failed call condemns the file: nothing is retried, `finish` is refused then."""
+    """A `FileWriter`. One failed call condemns the file: nothing is retried, `finish` is refused then.
 
-    def __init__(self, posix: Posix, path: str) -> None:
+    A large file has a second descriptor with O_DIRECT, for whole, aligned blocks in aligned memory: their bytes go to
+    the device without a copy in the page cache, which fsync would have to wait for. What is not aligned (the tail), and
+    everything once a file system says EINVAL, goes through the plain descriptor. One fsync covers both: it is the file's.
+    """
+
+    def __init__(self, posix: Posix, path: str, *, is_large: bool = False) -> None:
         self._posix = posix
         self._path = path
         self._is_condemned = False
+        self._direct_fd: int | None = None
         with translated("create", path):
             self._fd: int | None = posix.open(path, CREATE_FLAGS)
+        if is_large:
+            try:
+                self._direct_fd = open_direct(posix, path, DIRECT_WRITE_FLAGS, None)
+            except OSError as error:
+                self.abandon()
+                raise storage_error(error, "open for direct writes", path) from error
 
     def write_at(self, offset: int, data: memoryview) -> None:
         fd = self._usable_fd()
         rest = data if data.format == "B" and data.ndim == 1 else data.cast("B")
         try:
+            done = self._write_direct(offset, rest)
+            rest, offset = rest[done:], offset + done
             while rest:
                 written = self._posix.pwrite(fd, rest, offset)
                 if written == 0:
@@ -40,6 +54,25 @@ class LocalWriter:
         except OSError as error:
             self._is_condemned = True
             raise storage_error(error, f"write at byte {offset:,} of", self._path) from error
+
+    def _write_direct(self, offset: int, data: memoryview) -> int:
+        """Writes the aligned beginning of `data` around the page cache; returns how many bytes that was."""
+        done = 0
+        while self._direct_fd is not None:
+            whole = (len(data) - done) // _DIRECT_ALIGNMENT * _DIRECT_ALIGNMENT
+            if not whole or (offset + done) % _DIRECT_ALIGNMENT or not _is_aligned(data[done:]):
+                break
+            try:
+                written = self._posix.pwrite(self._direct_fd, data[done : done + whole], offset + done)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                # Some file systems take the open and refuse the write; the plain descriptor does all of it then.
+                break
+            if written == 0:
+                raise OSError(errno.EIO, "the system wrote 0 bytes")
+            done += written
+        return done
 
     def finish(self, size: int) -> None:
         fd = self._usable_fd()
@@ -63,19 +96,23 @@ class LocalWriter:
         except StorageError:
             self.abandon()
             raise
-        self._fd = None
+        direct_fd, self._direct_fd, self._fd = self._direct_fd, None, None
         with translated("close", self._path):
-            self._posix.close(fd)
+            try:
+                if direct_fd is not None:
+                    self._posix.close(direct_fd)
+            finally:
+                self._posix.close(fd)
 
     def abandon(self) -> None:
-        fd, self._fd = self._fd, None
-        if fd is None:
-            return
-        try:
-            self._posix.close(fd)
-        except OSError as error:
-            # The file is given up and will be deleted with its attempt, so the error changes nothing.
-            logger.warning("close abandoned %s: %s", self._path, error)
+        fds = [fd for fd in (self._direct_fd, self._fd) if fd is not None]
+        self._fd = self._direct_fd = None
+        for fd in fds:
+            try:
+                self._posix.close(fd)
+            except OSError as error:
+                # The file is given up and will be deleted with its attempt, so the error changes nothing.
+                logger.warning("close abandoned %s: %s", self._path, error)
 
     def _usable_fd(self) -> int:
         if self._fd is None or self._is_condemned:
@@ -179,8 +216,16 @@ def _round_up(size: int) -> int:
     return -(-size // _DIRECT_ALIGNMENT) * _DIRECT_ALIGNMENT
 
 
-def open_direct(posix: Posix, name: str, flags: int, dir_fd: int) -> int | None:
-    """A descriptor for reads around the page cache, or None where the file system has none."""
+def _is_aligned(data: memoryview) -> bool:
+    """Whether the memory itself begins at a block; read-only memory does not tell its address and counts as not."""
+    # Imported here: commands that only list checkpoints write nothing.
+    import ctypes
+
+    return not data.readonly and ctypes.addressof(ctypes.c_char.from_buffer(data)) % _DIRECT_ALIGNMENT == 0
+
+
+def open_direct(posix: Posix, name: str, flags: int, dir_fd: int | None) -> int | None:
+    """A descriptor for transfers around the page cache, or None where the file system has none."""
     try:
         return posix.open(name, flags | os.O_DIRECT, dir_fd=dir_fd)
     except OSError as error:

@@ -386,6 +386,7 @@ class Checkpointer:
             self._finish_last()
         finally:
             self._thread.stop(timeout_s=1.0)
+            self._saver.close()
             self._signals.restore()
             self._coordination.close(min(linger_s, self._deadline_s))
             atexit.unregister(self._at_exit)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
 
 Task = Callable[[], None]
@@ -42,10 +43,13 @@ class ByteWorkers:
             self._tasks.put((batch, task))
         batch.wait()
 
-    def stop(self) -> None:
-        """The threads end when they are idle; does not wait for them."""
+    def stop(self, timeout_s: float = 1.0) -> None:
+        """The threads end when they are idle; those that are not within `timeout_s` end with the process."""
         for _ in self._threads:
             self._tasks.put(None)
+        end = time.monotonic() + timeout_s
+        for thread in self._threads:
+            thread.join(max(0.0, end - time.monotonic()))
         self._threads.clear()
 
     def _serve(self) -> None:

@@ -160,6 +160,13 @@ class DckptWriter(StorageWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Writes this rank's shard files, fsynced with their directory, and returns a finished future."""
+        try:
+            return self._write_data(plan, planner)
+        finally:
+            # DCP never says that it is done with a writer, and most writers save once: threads must not pile up.
+            self._workers.stop()
+
+    def _write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         attempt = self._find_attempt()
         root, name = self._location()
         storage = open_storage(root)

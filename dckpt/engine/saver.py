@@ -118,6 +118,10 @@ class Saver:
         self._saves = 0
         self.lineage = Lineage(storage)
 
+    def close(self) -> None:
+        """Ends the writing threads, as far as they are not stuck."""
+        self._workers.stop()
+
     def start(
         self,
         state: TrainState,

@@ -268,3 +268,45 @@ def skip_when_busy(rank: int, world_size: int, root: str) -> list[int]:
                 checkpointer.wait()
         failpoint.disarm()
         return checkpointer.steps()
+
+
+def count_calls(checkpointer: dckpt.Checkpointer) -> Callable[[], int]:
+    """Counts the round trips to the store from now on."""
+    link: Any = checkpointer._coordination._link
+    number = [0]
+    call = link.call
+
+    def counted(*args: Any, **options: Any) -> Any:
+        number[0] += 1
+        return call(*args, **options)
+
+    link.call = counted
+    return lambda: number[0]
+
+
+def count_step_costs(rank: int, world_size: int, root: str, steps: int) -> tuple[int, float]:
+    """Store calls and seconds for many steps in which nothing is due."""
+    run = SmallRun("plain")
+    with dckpt.Checkpointer(root, save=dckpt.Every(minutes=60), deadline_s=60.0, signals=()) as checkpointer:
+        checkpointer.resume(run.state)
+        calls = count_calls(checkpointer)
+        started = time.monotonic()
+        for _ in range(steps):
+            run.progress.advance()
+            checkpointer.step(run.state)
+        return calls(), time.monotonic() - started
+
+
+def stop_by_signal(rank: int, world_size: int, root: str, victim: int) -> tuple[int, list[int]]:
+    """The victim gets a signal at step 4. Returns the step at which this rank was told to stop, and what is committed."""
+    run = SmallRun("plain")
+    with dckpt.Checkpointer(root, deadline_s=60.0, signals=(signal.SIGUSR1,)) as checkpointer:
+        checkpointer.resume(run.state)
+        for number in range(1, 400):
+            run.step()
+            if number == 4 and rank == victim:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(0.002 * (rank + 1))
+            if checkpointer.step(run.state) is dckpt.Stop:
+                return run.progress.step, checkpointer.steps()
+    raise AssertionError("never told to stop")

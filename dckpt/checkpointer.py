@@ -16,11 +16,12 @@ from typing import Literal
 from dckpt.catalog.catalog import Catalog
 from dckpt.catalog.retention import Retention
 from dckpt.engine.cadence import Cadence, Every, StepAction
+from dckpt.engine.job import SaveJob, SaveRequest
 from dckpt.engine.keeper import Keeper
 from dckpt.engine.loader import Loaded, Loader, LoadOptions
 from dckpt.engine.pending import PendingSave
 from dckpt.engine.refusal import REFUSALS
-from dckpt.engine.saver import SaveJob, Saver, SaveRequest
+from dckpt.engine.saver import Saver
 from dckpt.engine.signals import SignalWatch
 from dckpt.engine.worker import SaveThread
 from dckpt.errors import (
@@ -118,11 +119,12 @@ class Checkpointer:
 
     # -- the training loop ---------------------------------------------------------------------------------------------
 
-    def step(self, state: TrainState) -> StepAction:
+    def step(self, state: TrainState, *, metrics: Mapping[str, float] | None = None) -> StepAction:
         """Call once after each optimizer step. Saves when due; returns `Stop` after a signal, with the state committed.
 
         All ranks stop at the same step. In the middle of gradient accumulation nothing happens. When
-        `state.progress.max_steps` is reached the last state is saved as well, and waited for.
+        `state.progress.max_steps` is reached the last state is saved as well, and waited for. `metrics` go into the
+        checkpoint if this step is saved. If the save before a stop fails twice its error is raised: nothing comes after.
         """
         progress = state.progress
         if progress is None:
@@ -142,11 +144,21 @@ class Checkpointer:
             log.info("%s received: saving step %d, then stopping", decided.stop, progress.step)
         if not stops and not progress.done and self._skip_when_busy and self._is_busy_anywhere(progress.step):
             return StepAction.CONTINUE
-        pending = self.save(state)
+        pending = self.save(state, metrics=metrics)
         if stops or progress.done:
-            pending.wait()
-            self._collect()
+            self._finish_final(state, pending, metrics)
         return StepAction.STOP if stops else StepAction.CONTINUE
+
+    def _finish_final(self, state: TrainState, pending: PendingSave, metrics: Mapping[str, float] | None) -> None:
+        """The last save of this process: one that failed is tried once more, then its error is raised."""
+        if pending.wait() == "failed":
+            self._collect()
+            pending = self.save(state, metrics=metrics)
+        if pending.wait() != "committed":
+            assert pending.error is not None
+            self._in_flight = None
+            raise pending.error
+        self._collect()
 
     def save(
         self,
@@ -176,6 +188,13 @@ class Checkpointer:
             self._wait_in_flight()
             last = self._last
             if refusal is None and last is not None and last.pending.outcome != "failed":
+                if metrics:
+                    log.warning(
+                        "step %d is saved already; its checkpoint keeps its metrics and does not get %s. Pass metrics to the "
+                        "first save of a step, or to step().",
+                        request.step,
+                        ", ".join(metrics),
+                    )
                 return last.pending
         self._wait_in_flight()
         pending = PendingSave(request.step, request.micro_step)
@@ -200,7 +219,14 @@ class Checkpointer:
             self._collect()
 
     def _hand_over(self, job: SaveJob) -> None:
+        job.pending.look_with(lambda: self._look_after(job))
         self._thread.submit(lambda: self._saver.finish(job))
+
+    def _look_after(self, job: SaveJob) -> None:
+        """Called while somebody waits for the save: a writer that the kernel does not give back is left behind."""
+        if job.is_stuck(self._deadline_s):
+            self._saver.give_up(job, self._deadline_s)
+            self._thread = SaveThread("dckpt-save")
 
     def _request(self, state: TrainState, step: int | None, metrics: Mapping[str, float]) -> SaveRequest:
         progress = state.progress
@@ -216,7 +242,7 @@ class Checkpointer:
                 f"Save of step {step}: expected a boundary of gradient accumulation, found micro-step {micro_step}. "
                 "Gradients are not stored in this version: save after optimizer.step() and progress.advance()."
             )
-        return SaveRequest(step=step, micro_step=micro_step, metrics=dict(metrics))
+        return SaveRequest(step=step, micro_step=micro_step, metrics=_plain_metrics(metrics))
 
     def _is_same_step(self, request: SaveRequest) -> bool:
         last = self._last
@@ -237,7 +263,7 @@ class Checkpointer:
         """Agreed by all ranks: one rank that skips while another saves would leave the other waiting."""
         busy = self._in_flight is not None and not self._in_flight.done
         session = self._coordination.session(
-            f"busy-{step}", what=f"save of step {step}", call=f"step(state) at step {step}"
+            f"busy-{step}", what=f"check before saving step {step}", call=f"step(state) at step {step}"
         )
         try:
             answer = session.exchange("busy", b"1" if busy else b"0", _any_busy)
@@ -245,6 +271,8 @@ class Checkpointer:
             # All ranks hear it, so all of them skip; a save that cannot be agreed on must not end training.
             log.error("save of step %d skipped: %s", step, error)  # noqa: TRY400
             return True
+        finally:
+            session.close()
         if answer == b"1" and self._topology.is_coordinator:
             log.warning("save of step %d skipped: the save before it is still in flight", step)
         return answer == b"1"
@@ -326,10 +354,18 @@ class Checkpointer:
             reason,
         )
         self._cadence.reset()
-        committed = PendingSave(loaded.identity.step, loaded.identity.micro_step)
-        committed.checkpoint = result.checkpoint
+        self._last = self._as_saved(state, loaded, reason)
+
+    def _as_saved(self, state: TrainState, loaded: Loaded, reason: str) -> _LastSave | None:
+        """The loaded checkpoint counts as a save of its step if all of it was resumed; a partial load is a new state."""
+        identity, progress = loaded.identity, state.progress
+        is_whole = reason != "load" and not loaded.result.skipped_parts
+        if not is_whole or (progress is not None and progress.step != identity.step):
+            return None
+        committed = PendingSave(identity.step, identity.micro_step)
+        committed.checkpoint = loaded.result.checkpoint
         committed.conclude("committed")
-        self._last = _LastSave(loaded.identity.step, loaded.identity.micro_step, state.optimizer_steps, committed)
+        return _LastSave(identity.step, identity.micro_step, state.optimizer_steps, committed)
 
     def _announce_new_run(self) -> None:
         if not self._topology.is_coordinator:
@@ -433,7 +469,7 @@ class Checkpointer:
         assert error is not None
         self._failures += 1
         log.error(
-            "save of step %d %s (%d in a row): %s Training goes on; the previous checkpoint stands.",
+            "save of step %d %s (%d in a row): %s",
             pending.step,
             "failed" if pending.outcome == "failed" else "has an unknown outcome",
             self._failures,
@@ -453,6 +489,14 @@ class Checkpointer:
                 f"Save: the load of {name} failed after it had changed live tensors, so the state is a mixture. Load or "
                 "resume successfully before saving."
             )
+
+
+def _plain_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Read now: a tensor that is given here may change before the manifest is written."""
+    try:
+        return {str(name): float(value) for name, value in metrics.items()}
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"metrics: expected numbers by name, found {dict(metrics)!r:.200}: {error}") from error
 
 
 def _any_busy(payloads: list[bytes]) -> bytes:

@@ -384,7 +384,7 @@ def _decide_fit(payloads: list[dict[str, Any]]) -> dict[str, Any]:
     if differences:
         shown = "; ".join(differences[:20]) + (f"; and {len(differences) - 20} more" if len(differences) > 20 else "")
         raise IncompatibleStateError(
-            f"The checkpoint does not fit the live state in {len(differences)} places: {shown}. Nothing was changed. Build "
+            f"The checkpoint does not fit the live state in {len(differences)} places: {shown}. None of it was loaded. Build "
             "the model and optimizer as they were saved, or name the wanted differences (parts=, allow_missing=, "
             "allow_unexpected=, cast=).",
             differences=differences,

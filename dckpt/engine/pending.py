@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Callable
 from typing import Literal
 
 from dckpt.errors import DckptError, SaveNotFinishedError
 
 Outcome = Literal["committed", "failed", "unknown"]
+
+
+LOOK_EVERY_S = 0.5
+
+
+def _slice_s(limit: float | None) -> float:
+    return LOOK_EVERY_S if limit is None else max(0.0, min(LOOK_EVERY_S, limit - time.monotonic()))
 
 
 class PendingSave:
@@ -26,6 +35,8 @@ class PendingSave:
         self._outcome: Outcome | None = None
         self._error: DckptError | None = None
         self._done = threading.Event()
+        self._lock = threading.Lock()
+        self._look: Callable[[], None] = lambda: None
 
     @property
     def staged(self) -> bool:
@@ -50,15 +61,18 @@ class PendingSave:
     def wait(self, timeout_s: float | None = None) -> Outcome:
         """Blocks until the outcome is known and returns it; a failed save does not raise here, `error` says why.
 
-        Raises `SaveNotFinishedError` after `timeout_s` seconds. Without a time-out the wait still ends: every stage of
-        a save has its own deadline.
+        Raises `SaveNotFinishedError` after `timeout_s` seconds. Without a time-out the wait still ends: every agreement
+        has its deadline, and a writer that is stuck in the kernel is given up after it, with its memory.
         """
-        if not self._done.wait(timeout_s):
-            raise SaveNotFinishedError(
-                f"Save of step {self.step}: not finished after {timeout_s:g} s. It goes on in the background; wait "
-                "longer, or raise the deadline.",
-                step=self.step,
-            )
+        limit = None if timeout_s is None else time.monotonic() + timeout_s
+        while not self._done.wait(_slice_s(limit)):
+            self._look()
+            if limit is not None and time.monotonic() >= limit and not self._done.is_set():
+                raise SaveNotFinishedError(
+                    f"Save of step {self.step}: not finished after {timeout_s:g} s. It goes on in the background; wait "
+                    "longer, or raise the deadline.",
+                    step=self.step,
+                )
         assert self._outcome is not None
         return self._outcome
 
@@ -66,13 +80,21 @@ class PendingSave:
         """The engine's: the source may change again."""
         self._staged = True
 
-    def conclude(self, outcome: Outcome, error: DckptError | None = None) -> None:
-        """The engine's: sets the outcome once."""
-        assert self._outcome is None, f"save of step {self.step} concluded twice"
-        self._staged = True
-        self._outcome = outcome
-        self._error = error
+    def look_with(self, look: Callable[[], None]) -> None:
+        """The engine's: `look` is called now and then while somebody waits; it gives up a writer that is stuck."""
+        self._look = look
+
+    def conclude(self, outcome: Outcome, error: DckptError | None = None) -> bool:
+        """The engine's: sets the outcome; False if it was set before, by whoever gave this save up, and stays."""
+        with self._lock:
+            if self._outcome is not None:
+                return False
+            self._staged = True
+            self._error = error
+            self._outcome = outcome
+            self._look = lambda: None
         self._done.set()
+        return True
 
     def __repr__(self) -> str:
         state = self._outcome or ("staged" if self._staged else "staging")

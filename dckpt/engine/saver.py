@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from dckpt import failpoint
@@ -17,9 +15,11 @@ from dckpt.blocks.workers import ByteWorkers
 from dckpt.blocks.write import WRITER_THREADS, write_shard_file
 from dckpt.catalog.prune import find_leftovers, sweep
 from dckpt.catalog.transaction import Transaction, read_attempt
+from dckpt.engine.describe import describe_checkpoint
+from dckpt.engine.job import Beginning, SaveJob, SaveRequest
 from dckpt.engine.lineage import Lineage
 from dckpt.engine.pending import Outcome, PendingSave
-from dckpt.engine.plan import RankPlan, SaveLayout, WriteItem, decide_layout, plan_files
+from dckpt.engine.plan import RankPlan, WriteItem, decide_layout, plan_files
 from dckpt.engine.refusal import REFUSALS, encode_refusal, raise_refusals
 from dckpt.engine.staging import LocalState, stage
 from dckpt.errors import (
@@ -28,69 +28,25 @@ from dckpt.errors import (
     DckptError,
     PeerFailedError,
     StorageError,
+    TransientStorageError,
     UnknownOutcomeError,
     from_wire,
     to_wire,
 )
 from dckpt.format.layout import checkpoint_name
-from dckpt.format.manifest import FileEntry, Manifest, Mesh
+from dckpt.format.manifest import FileEntry
 from dckpt.format.shard_file import ShardFilePlan
 from dckpt.format.values import dump_json, load_json
 from dckpt.ranks.coordination import Coordination
 from dckpt.ranks.messages import format_ranks
 from dckpt.ranks.session import Session
 from dckpt.ranks.topology import Topology
-from dckpt.resume.facts import collect_facts, writer_versions
-from dckpt.state.rng import classify_streams
 from dckpt.state.train_state import TrainState
 from dckpt.storage.base import Storage
 
 log = logging.getLogger(__name__)
 
 MESSAGE_BYTES_MAX = 2**31
-
-
-@dataclass
-class SaveJob:
-    """What the writing thread needs; nothing in it refers to live training state."""
-
-    pending: PendingSave
-    session: Session
-    checkpoint: str
-    attempt: str
-    files: list[tuple[ShardFilePlan, memoryview]]
-    started_s: float
-    transaction: Transaction | None = None  # the coordinator's
-    manifest: Callable[[tuple[FileEntry, ...]], Manifest] | None = None
-    layout: SaveLayout | None = None
-    bytes_done: int = 0
-    claimed: threading.Lock = field(default_factory=threading.Lock)
-
-    def claim(self) -> bool:
-        """True for the first caller: either the saving thread finishes the job or an interrupted `start` ends it."""
-        return self.claimed.acquire(blocking=False)
-
-
-@dataclass
-class _Beginning:
-    """How far `start` came: what is to be undone when it fails."""
-
-    phase: str = "plan"
-    session: Session | None = None
-    transaction: Transaction | None = None
-    manifest: Callable[[tuple[FileEntry, ...]], Manifest] | None = None
-    layout: SaveLayout | None = None
-    job: SaveJob | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class SaveRequest:
-    """What the caller of `save` asked for."""
-
-    step: int
-    micro_step: int
-    metrics: Mapping[str, float]
-    refusal: ConfigError | None = None  # why this rank cannot save; all ranks raise it together
 
 
 def as_dckpt_error(error: BaseException) -> DckptError:
@@ -122,6 +78,25 @@ class Saver:
         """Ends the writing threads, as far as they are not stuck."""
         self._workers.stop()
 
+    def give_up(self, job: SaveJob, deadline_s: float) -> None:
+        """Concludes a save whose writer is stuck in the kernel, and leaves that writer behind with its memory.
+
+        The writer still owns its buffer: it may write from it whenever the storage answers again. Later saves get new
+        memory and new threads.
+        """
+        error = TransientStorageError(
+            f"{job.session.what}: {format_ranks([self._topology.rank])}: the storage did not answer for {deadline_s:g} s in "
+            f"{self._storage.locate(job.checkpoint)}. The writer is left behind with {self._buffer.nbytes:,} bytes of "
+            "memory. Check the mount; the previous checkpoint stands.",
+            key=self._storage.locate(job.checkpoint),
+        )
+        verdict = job.session.abort(error, phase="write")
+        self._buffer, self._workers = ImageBuffer(), ByteWorkers(WRITER_THREADS)
+        if verdict == "abort":
+            job.pending.conclude("failed", as_dckpt_error(job.session.error or error))
+        else:
+            job.pending.conclude("unknown", _unknown(job, error))
+
     def start(
         self,
         state: TrainState,
@@ -136,7 +111,7 @@ class Saver:
         When it returns, the state may change. Every rank raises the same error if any rank failed; `pending` is then
         concluded. An interrupt of this thread after the hand-over leaves the save to the thread that took it.
         """
-        begun = _Beginning()
+        begun = Beginning()
         try:
             session = self._open_session(request, begun)
             local, decision = self._agree_on_plan(state, request, session, begun)
@@ -159,17 +134,22 @@ class Saver:
                 manifest=begun.manifest,
                 layout=begun.layout,
             )
+            begun.job.note_storage()
             hand_over(begun.job)
         except BaseException as error:
             if begun.job is not None and not begun.job.claim():
                 raise
-            shared = self._abort(begun.session, begun.transaction, error, phase=begun.phase)
-            pending.conclude("failed", as_dckpt_error(shared))
+            shared: BaseException = error
+            try:
+                shared = self._abort(begun.session, begun.transaction, error, phase=begun.phase)
+            finally:
+                # Also when a second interrupt comes here: whoever waits for this save must not wait for nobody.
+                pending.conclude("failed", as_dckpt_error(shared))
             if shared is error or not isinstance(error, Exception):
                 raise
             raise shared from error
 
-    def _open_session(self, request: SaveRequest, begun: _Beginning) -> Session:
+    def _open_session(self, request: SaveRequest, begun: Beginning) -> Session:
         """The session of the next save. One that the other ranks gave up without this rank is left out."""
         while True:
             self._saves += 1
@@ -186,7 +166,7 @@ class Saver:
             )
 
     def _agree_on_plan(
-        self, state: TrainState, request: SaveRequest, session: Session, begun: _Beginning
+        self, state: TrainState, request: SaveRequest, session: Session, begun: Beginning
     ) -> tuple[LocalState, dict[str, Any]]:
         local, failure = self._capture(state, request)
         refusal = failure if isinstance(failure, REFUSALS) else None
@@ -246,7 +226,7 @@ class Saver:
         request: SaveRequest,
         local: LocalState | None,
         state: TrainState,
-        begun: _Beginning,
+        begun: Beginning,
     ) -> bytes:
         """On the coordinator: from the plans of all ranks to one attempt, begun on storage."""
         raise_refusals(payloads)
@@ -262,7 +242,9 @@ class Saver:
         name = checkpoint_name(request.step, generation, request.micro_step)
         attempt = uuid.uuid4().hex
         begun.layout = layout
-        begun.manifest = self._describe(request, local, layout, plans, generation, attempt, state)
+        begun.manifest = describe_checkpoint(
+            request, local, layout, plans, state, run_id=self.lineage.run_id, generation=generation, attempt=attempt
+        )
         begun.transaction = Transaction(self._storage, checkpoint=name, attempt=attempt, generation=generation)
         begun.transaction.begin()
         return dump_json(
@@ -277,55 +259,14 @@ class Saver:
 
     def _sweep_leftovers(self) -> None:
         """Attempts of earlier generations are fenced now: a late commit of theirs finds its directory gone."""
-        names = [item.name for item in find_leftovers(self._storage, older_than_s=0, now_unix_s=time.time())]
-        if names:
-            log.info("sweeping %d leftovers of attempts that never committed", len(names))
-            sweep(self._storage, names)
-
-    def _describe(
-        self,
-        request: SaveRequest,
-        local: LocalState,
-        layout: SaveLayout,
-        plans: list[RankPlan],
-        generation: int,
-        attempt: str,
-        state: TrainState,
-    ) -> Callable[[tuple[FileEntry, ...]], Manifest]:
-        rng = classify_streams([plan.rng for plan in plans], [plan.coordinates for plan in plans])
-        mesh = state.mesh_axes()
-        kept_by_rank = frozenset(layout.rank_values)
-        captured = local.captured
-        values = {name: value for name, value in captured.values.items() if name not in kept_by_rank}
-        coordinates = [tuple(plan.coordinates.values()) for plan in plans] if mesh else None
-        created = time.time()
-        facts = collect_facts(state)
-
-        def build(files: tuple[FileEntry, ...]) -> Manifest:
-            return Manifest(
-                run_id=self.lineage.run_id,
-                step=request.step,
-                micro_step=request.micro_step,
-                generation=generation,
-                attempt=attempt,
-                created_unix_s=created,
-                world_size=len(plans),
-                mesh=Mesh(axes=tuple(mesh), shape=tuple(mesh.values())) if mesh else None,
-                coordinates=tuple(coordinates) if coordinates else None,
-                parts=captured.parts,
-                values=values,
-                planner_data=None,
-                rank_tensors=layout.rank_tensors,
-                rank_values=layout.rank_values,
-                aliases=dict(captured.aliases),
-                rng=rng,
-                facts=facts,
-                metrics=dict(request.metrics),
-                writer=writer_versions(),
-                files=files,
-            )
-
-        return build
+        try:
+            names = [item.name for item in find_leftovers(self._storage, older_than_s=0, now_unix_s=time.time())]
+            if names:
+                log.info("sweeping %d leftovers of attempts that never committed", len(names))
+                sweep(self._storage, names)
+        except (StorageError, CorruptCheckpointError) as error:
+            # They take space and nothing else; the save at hand does not depend on it.
+            log.warning("leftovers of earlier attempts stay: %s `dckpt prune --leftovers` removes them.", error)
 
     def finish(self, job: SaveJob) -> None:
         """Writes, agrees and commits; concludes `job.pending` whatever happens and never raises an `Exception`."""
@@ -391,22 +332,18 @@ class Saver:
 
         def on_bytes(count: int) -> None:
             job.bytes_done += count
+            job.note_storage()
             job.session.beat(job.bytes_done)
 
+        workers = self._workers
         try:
-            for plan, image in job.files:
-                entries += write_shard_file(
-                    self._storage,
-                    directory,
-                    job.attempt,
-                    self._topology.rank,
-                    plan.file,
-                    image,
-                    on_bytes,
-                    self._workers,
-                )
-            # Each rank syncs the directory on its own node: on a shared file system only that client's view counts.
-            self._storage.sync_dir(directory)
+            with job.in_storage():
+                for plan, image in job.files:
+                    entries += write_shard_file(
+                        self._storage, directory, job.attempt, self._topology.rank, plan.file, image, on_bytes, workers
+                    )
+                # Each rank syncs the directory on its own node: on a shared file system only that client's view counts.
+                self._storage.sync_dir(directory)
             failpoint.reach("after_directory_sync")
         except Exception as error:  # noqa: BLE001 - it travels to all ranks, which raise it together
             return [], error
@@ -419,16 +356,19 @@ class Saver:
         assert job.manifest is not None
         entries = [FileEntry(*row) for payload in payloads for row in _rows(payload)]
         _ensure_planned_sizes(job, entries)
-        with self._naming_rank(job.session, "commit"):
+        with job.in_storage(), self._naming_rank(job.session, "commit"):
             job.transaction.ensure_files(entries)
+            # The others count the time since this rank's last beat: each of these may wait for the medium.
+            job.session.beat(job.bytes_done + 1)
             index_entry = job.transaction.write_index(job.layout.index)
+            job.session.beat(job.bytes_done + 2)
             job.transaction.stage_manifest(job.manifest((*entries, index_entry)))
         return b""
 
     def _publish(self, job: SaveJob, transaction: Transaction) -> None:
         # THE commit point. Before this line the attempt is not visible; after it the checkpoint exists.
         try:
-            with self._naming_rank(job.session, "commit"):
+            with job.in_storage(), self._naming_rank(job.session, "commit"):
                 transaction.publish()
         except Exception as error:
             # An error without a type of ours was not foreseen: it may have come after the rename.
@@ -455,8 +395,11 @@ class Saver:
         """Contact was lost when the commit was possible: the medium decides. A name that is there and synced is a commit."""
         log.warning("%s; looking whether %s was committed", _reason(job, cause), job.checkpoint)
         try:
-            if read_attempt(self._storage, job.checkpoint) == job.attempt:
-                self._storage.sync_dir("")
+            with job.in_storage():
+                is_ours = read_attempt(self._storage, job.checkpoint) == job.attempt
+                if is_ours:
+                    self._storage.sync_dir("")
+            if is_ours:
                 self._note_times(job)
                 job.pending.conclude("committed")
                 return

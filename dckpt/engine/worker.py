@@ -28,6 +28,8 @@ class SaveThread:
             if work is None:
                 return
             work()
+            # An idle thread keeps nothing of the last save alive.
+            del work
 
     def stop(self, timeout_s: float) -> bool:
         """Ends the thread after what it is doing; False if it did not end in time (it then ends with the process)."""

@@ -45,7 +45,6 @@ CONNECTIONS_A_RANK = 4
 FILES_BESIDE = 512  # what the training process may have open beside the ranks' connections
 SESSIONS_KEPT = 2  # of each kind, with all their keys
 SESSIONS_REMEMBERED = 16  # of each kind, with their verdict and conclusion, for ranks that come much too late
-SESSIONS_OPEN_MAX = 64  # of each kind; beyond that the oldest is forgotten even if nobody closed it
 IDS_REMEMBERED = 1024
 
 _TOKEN_KEY = "token"  # tells our server from another one at a stale address; it guards nothing
@@ -144,7 +143,8 @@ class Coordination:
             ended = self._ended.setdefault(kind, deque())
             recent.append(session)
             keys: list[str] = []
-            while len(recent) > SESSIONS_KEPT and (recent[0].is_closed or len(recent) > SESSIONS_OPEN_MAX):
+            # A session that is still open keeps its keys, however many began after it: its ranks would wait for ghosts.
+            while len(recent) > SESSIONS_KEPT and recent[0].is_closed:
                 old = recent.popleft()
                 keys += old.take_written()
                 ended.append(old.lasting_keys())

@@ -511,7 +511,9 @@ class Session:
             in_force = self._link.call(lambda store: self._set_verdict(store, text), min(self._deadline_s, 1.0))
         except (ContactLostError, NoAnswerError):
             in_force = text
-            self.outcome_is_open = self._phase == _COMMIT_PHASE
+            self.outcome_is_open = self._phase == _COMMIT_PHASE or self._payload_may_be_there
+        if in_force == _COMMITTING:
+            self.outcome_is_open = True
         # When committing is in force the session cannot be aborted, and this rank's error is its own.
         raise _AbortedError(error if in_force == _COMMITTING else messages.error_from_text(in_force)) from cause
 

@@ -27,7 +27,7 @@ from tests.support.ranks import RankLost, RankPool
 
 pytestmark = [pytest.mark.distributed, pytest.mark.crash]
 
-DEADLINE_S = 3.0
+DEADLINE_S = 2.5
 MARGIN_S = 2.0
 STANDS = "The save is abandoned; the previous checkpoint stands."
 
@@ -90,7 +90,7 @@ def test_a_killed_rank_is_named_by_the_survivors(ranks: RankPool, tmp_path: Path
 
     assert isinstance(seen.pop(), RankLost)
     named = "plan" if phase == "plan" else "write"
-    expected = f"save of step 2: rank {world_size - 1} made no progress in phase {named} for 3 s. {STANDS}"
+    expected = f"save of step 2: rank {world_size - 1} made no progress in phase {named} for 2.5 s. {STANDS}"
     assert same_error(seen) == ("CoordinationTimeoutError", expected)
     assert all(one["outcome"] == "failed" and one["close_s"] < DEADLINE_S + MARGIN_S for one in seen)
     assert_whole(root, [1])
@@ -201,7 +201,8 @@ def test_a_stopped_rank_is_named_in_time_hears_the_same_and_joins_the_next_save(
         if victim:
             where = "plan" if phase == "plan" else "write"
             assert (
-                message == f"save of step {2 * number + 2}: rank 2 made no progress in phase {where} for 3 s. {STANDS}"
+                message
+                == f"save of step {2 * number + 2}: rank 2 made no progress in phase {where} for 2.5 s. {STANDS}"
             )
             assert seen[2]["message"] == message, case
         else:
@@ -231,7 +232,7 @@ def test_ranks_that_leave_a_save_out_are_named_and_take_part_in_the_next(
         assert kind == "CoordinationTimeoutError"
         step = 100 + number
         assert message == (
-            f"save of step {step}: {named} did not call save(step={step}) within 3 s; every rank must call it. {STANDS}"
+            f"save of step {step}: {named} did not call save(step={step}) within 2.5 s; every rank must call it. {STANDS}"
         )
     assert all(one["collective"] and one["after"]["outcome"] == "committed" for one in found), found
     assert_whole(tmp_path / "run", [1, 200])

@@ -24,7 +24,7 @@ import dckpt
 from dckpt import failpoint
 from tests.support.fault_jobs import SmallRun
 
-SLOW_S = 0.6
+SLOW_S = 0.4
 KEPT: list[Any] = []  # what a script holds in its module until the interpreter ends
 
 
@@ -160,7 +160,7 @@ def interrupt_anywhere(scene: Scene) -> None:
     seed = 20
     draw, counts, slowest = random.Random(seed), {"interrupted": 0, "finished": 0}, 0.0
     run = SmallRun("plain")
-    for _ in range(150):
+    for _ in range(100):
         checkpointer = dckpt.Checkpointer(scene.root, deadline_s=20.0, signals=())
         checkpointer.resume(run.state)
         run.step()

@@ -1,0 +1,62 @@
+"""What the manifest will say of a save, fixed at the moment of its plan; only the files are added later."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+from dckpt.engine.job import SaveRequest
+from dckpt.engine.plan import RankPlan, SaveLayout
+from dckpt.engine.staging import LocalState
+from dckpt.format.manifest import FileEntry, Manifest, Mesh
+from dckpt.resume.facts import collect_facts, writer_versions
+from dckpt.state.rng import classify_streams
+from dckpt.state.train_state import TrainState
+
+
+def describe_checkpoint(
+    request: SaveRequest,
+    local: LocalState,
+    layout: SaveLayout,
+    plans: Sequence[RankPlan],
+    state: TrainState,
+    *,
+    run_id: str,
+    generation: int,
+    attempt: str,
+) -> Callable[[tuple[FileEntry, ...]], Manifest]:
+    """The manifest as a function of its files. Holds values, never live tensors: the state changes while files are written."""
+    mesh = state.mesh_axes()
+    kept_by_rank = frozenset(layout.rank_values)
+    values = {name: value for name, value in local.captured.values.items() if name not in kept_by_rank}
+    parts, aliases = local.captured.parts, dict(local.captured.aliases)
+    rng = classify_streams([plan.rng for plan in plans], [plan.coordinates for plan in plans])
+    coordinates = tuple(tuple(plan.coordinates.values()) for plan in plans) if mesh else None
+    created, facts, metrics = time.time(), collect_facts(state), dict(request.metrics)
+    rank_tensors, rank_values = layout.rank_tensors, layout.rank_values
+
+    def build(files: tuple[FileEntry, ...]) -> Manifest:
+        return Manifest(
+            run_id=run_id,
+            step=request.step,
+            micro_step=request.micro_step,
+            generation=generation,
+            attempt=attempt,
+            created_unix_s=created,
+            world_size=len(plans),
+            mesh=Mesh(axes=tuple(mesh), shape=tuple(mesh.values())) if mesh else None,
+            coordinates=coordinates,
+            parts=parts,
+            values=values,
+            planner_data=None,
+            rank_tensors=rank_tensors,
+            rank_values=rank_values,
+            aliases=aliases,
+            rng=rng,
+            facts=facts,
+            metrics=metrics,
+            writer=writer_versions(),
+            files=files,
+        )
+
+    return build

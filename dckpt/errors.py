@@ -163,7 +163,8 @@ def to_wire(error: BaseException) -> dict[str, Any]:
     """The JSON form of `error`, for another rank to read. Errors that are not ours keep their type's name in the text."""
     if isinstance(error, DckptError):
         return {"type": type(error).__name__, "message": error.message, "fields": error.fields()}
-    return {"type": "", "message": f"{type(error).__name__}: {error}", "fields": {}}
+    text = str(error)
+    return {"type": "", "message": f"{type(error).__name__}: {text}" if text else type(error).__name__, "fields": {}}
 
 
 def from_wire(record: dict[str, Any]) -> DckptError:

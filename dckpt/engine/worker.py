@@ -13,13 +13,19 @@ class SaveThread:
     def __init__(self, name: str) -> None:
         self._name = name
         self._work: queue.Queue[Callable[[], None] | None] = queue.Queue(maxsize=1)
-        self._thread: threading.Thread | None = None
+        # Started here and not by the first save: an interrupt of the trainer must not meet it half started, and a save at
+        # the end of the process could not start it any more.
+        self._thread = self._start()
+
+    def _start(self) -> threading.Thread:
+        thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+        thread.start()
+        return thread
 
     def submit(self, work: Callable[[], None]) -> None:
         """Hands over `work`, which must not raise. The queue holds one; the caller waits for the save in flight first."""
-        if self._thread is None or not self._thread.is_alive():
-            self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-            self._thread.start()
+        if not self._thread.is_alive():
+            self._thread = self._start()
         self._work.put(work, timeout=60)
 
     def _run(self) -> None:
@@ -33,8 +39,6 @@ class SaveThread:
 
     def stop(self, timeout_s: float) -> bool:
         """Ends the thread after what it is doing; False if it did not end in time (it then ends with the process)."""
-        if self._thread is None:
-            return True
         try:
             self._work.put(None, timeout=timeout_s)
         except queue.Full:

@@ -19,13 +19,11 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Literal, NoReturn
 
 from dckpt.errors import CoordinationTimeoutError, DckptError, PeerFailedError
 from dckpt.ranks import messages
 from dckpt.ranks.client import (
-    PART_BYTES,
     ContactLostError,
     Link,
     NoAnswerError,
@@ -34,58 +32,25 @@ from dckpt.ranks.client import (
     put,
 )
 from dckpt.ranks.progress import Heartbeat, StallWatch
+from dckpt.ranks.protocol import (
+    COMMITTING,
+    ERROR,
+    LARGE,
+    OUTCOMES,
+    RESULT,
+    SEE_VERDICT,
+    AbortedError,
+    ExchangeKeys,
+    Outcome,
+    Verdict,
+    announce,
+    is_abort,
+)
 from dckpt.ranks.topology import Topology
-
-Outcome = Literal["committed", "failed", "unknown"]
-OUTCOMES: tuple[Outcome, ...] = ("committed", "failed", "unknown")
 
 SLICE_S = 0.5  # between two looks at verdict and heartbeats while a rank waits
 ERROR_GRACE_S = 1.0  # how long the coordinator waits for further ranks once one has reported a failure
 _COMMIT_PHASE = "commit"
-_COMMITTING: Literal["committing"] = "committing"
-_SEE_VERDICT, _RESULT, _LARGE, _ERROR = b"V", b"R", b"L", b"E"
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """`error` is set exactly when `state` is "abort"."""
-
-    state: Literal["open", "abort", "committing"]
-    error: DckptError | None = None
-
-
-class _AbortedError(Exception):
-    """Carries the error in force out of a wait. Never leaves this module."""
-
-    def __init__(self, error: DckptError) -> None:
-        super().__init__(error.message)
-        self.error = error
-
-
-class _Keys:
-    def __init__(self, prefix: str, number: int, phase: str) -> None:
-        base = f"{prefix}/{number}.{phase}"
-        self.arrived, self.count, self.all = f"{base}/arrived", f"{base}/count", f"{base}/all"
-        self.door, self.result = f"{base}/door", f"{base}/result"
-        self._payload = f"{base}/payload/"
-
-    def payload(self, rank: int) -> str:
-        return f"{self._payload}{rank}"
-
-
-def _is_abort(verdict: str) -> bool:
-    return bool(verdict) and verdict != _COMMITTING
-
-
-def _announce(store: RawStore, door: str, large: str, kind: bytes, value: bytes) -> None:
-    """Opens `door` with a record; a value too large for the door itself lies in `large`, complete before it opens."""
-    if len(value) < PART_BYTES:
-        store.set(door, kind + value)
-    else:
-        put(store, large, value)
-        store.set(door, _LARGE)
-    # A store's `set` does not wait for the server; a question on the same connection does.
-    store.check([door])
 
 
 class Session:
@@ -146,7 +111,7 @@ class Session:
 
         def claim(store: RawStore) -> bool:
             first = store.compare_set(self._subject_key, "", subject).decode("utf-8")
-            return _is_abort(self._read_verdict(store)) and first != subject
+            return is_abort(self._read_verdict(store)) and first != subject
 
         try:
             return self._link.call(claim, self._deadline_s)
@@ -155,7 +120,7 @@ class Session:
         except NoAnswerError:
             try:
                 self._give_up_on_silence()
-            except _AbortedError as aborted:
+            except AbortedError as aborted:
                 self._close_with(aborted.error)
 
     def _close_with(self, error: DckptError) -> NoReturn:
@@ -181,14 +146,14 @@ class Session:
         """
         self._phase = phase
         self._number += 1
-        keys = _Keys(self._prefix, self._number, phase)
+        keys = ExchangeKeys(self._prefix, self._number, phase)
         with self._lock:
             self._written.append(keys.payload(self._topology.rank))
             if self._topology.is_coordinator:
                 self._written += [keys.arrived, keys.count, keys.all, keys.door, keys.result]
         try:
             return self._run_exchange(keys, payload, decide, error)
-        except _AbortedError as aborted:
+        except AbortedError as aborted:
             self.is_closed = True
             self.error = aborted.error
             raise aborted.error from (error or aborted.__cause__)
@@ -199,7 +164,7 @@ class Session:
 
     def _run_exchange(
         self,
-        keys: _Keys,
+        keys: ExchangeKeys,
         payload: bytes,
         decide: Callable[[list[bytes]], bytes],
         error: BaseException | None,
@@ -211,7 +176,7 @@ class Session:
             result = self._await_door(keys.door, keys.result)
         except ContactLostError:
             self.outcome_is_open = self._payload_may_be_there
-            raise _AbortedError(messages.coordinator_lost(self.what, self._phase, self._consequence)) from None
+            raise AbortedError(messages.coordinator_lost(self.what, self._phase, self._consequence)) from None
         except NoAnswerError:
             # A payload that is still on its way arrives when the coordinator continues.
             self.outcome_is_open = error is None and not self._topology.is_coordinator
@@ -221,9 +186,9 @@ class Session:
         self._link.post(lambda store: store.delete_key(own))
         return result
 
-    def _post_payload(self, keys: _Keys, payload: bytes, error: BaseException | None) -> None:
+    def _post_payload(self, keys: ExchangeKeys, payload: bytes, error: BaseException | None) -> None:
         rank, world = self._topology.rank, self._topology.world_size
-        record = _RESULT + payload if error is None else _ERROR + messages.failure_to_bytes(error)
+        record = RESULT + payload if error is None else ERROR + messages.failure_to_bytes(error)
         mark = f"{rank}," if error is None else f"{rank}!,"
 
         self._payload_may_be_there = False
@@ -240,7 +205,7 @@ class Session:
 
     def _gather_and_decide(
         self,
-        keys: _Keys,
+        keys: ExchangeKeys,
         payload: bytes,
         decide: Callable[[list[bytes]], bytes],
         error: BaseException | None,
@@ -249,9 +214,7 @@ class Session:
             self._post_payload(keys, payload, error)
             records = self._gather(keys)
             failures = {
-                rank: messages.failure_from_bytes(record[1:])
-                for rank, record in records.items()
-                if record[:1] == _ERROR
+                rank: messages.failure_from_bytes(record[1:]) for rank, record in records.items() if record[:1] == ERROR
             }
             if failures:
                 self._abort_with(messages.peers_failed(self.what, self._phase, failures, self._consequence))
@@ -259,22 +222,22 @@ class Session:
             self._raise_abort(
                 self._link.call(lambda store: self._announce_result(store, keys, result), self._deadline_s)
             )
-        except _AbortedError as aborted:
+        except AbortedError as aborted:
             text = messages.error_to_text(aborted.error).encode("ascii")
             self._link.call(lambda store: self._announce_error(store, keys, text), self._deadline_s)
             raise
         return result
 
-    def _announce_result(self, store: RawStore, keys: _Keys, result: bytes) -> str:
+    def _announce_result(self, store: RawStore, keys: ExchangeKeys, result: bytes) -> str:
         """The result is out unless an abort is in force: `decide` may have taken so long that the others gave up."""
         verdict = self._read_verdict(store)
-        if not _is_abort(verdict):
-            _announce(store, keys.door, keys.result, _RESULT, result)
+        if not is_abort(verdict):
+            announce(store, keys.door, keys.result, RESULT, result)
         return verdict
 
-    def _announce_error(self, store: RawStore, keys: _Keys, text: bytes) -> None:
+    def _announce_error(self, store: RawStore, keys: ExchangeKeys, text: bytes) -> None:
         store.set(keys.all, b"1")
-        _announce(store, keys.door, keys.result, _ERROR, text)
+        announce(store, keys.door, keys.result, ERROR, text)
 
     def _decide(self, decide: Callable[[list[bytes]], bytes], payloads: list[bytes]) -> bytes:
         try:
@@ -286,7 +249,7 @@ class Session:
             shared = messages.peers_failed(self.what, self._phase, {0: failure}, self._consequence)
             self._abort_with(shared, cause=error)
 
-    def _gather(self, keys: _Keys) -> dict[int, bytes]:
+    def _gather(self, keys: ExchangeKeys) -> dict[int, bytes]:
         """All ranks' records; only those that arrived when one of them is a failure. Raises when ranks do not come."""
         world = self._topology.world_size
         everyone = range(world)
@@ -319,7 +282,7 @@ class Session:
                 )
         return self._read_records(keys, sorted(rank for rank in arrived if arrived[rank] or len(arrived) == world))
 
-    def _read_records(self, keys: _Keys, ranks: list[int]) -> dict[int, bytes]:
+    def _read_records(self, keys: ExchangeKeys, ranks: list[int]) -> dict[int, bytes]:
         names = [keys.payload(rank) for rank in ranks]
 
         def read(store: RawStore) -> tuple[list[bytes], str]:
@@ -333,7 +296,7 @@ class Session:
             self._abort_with(self._late_error(ranks))
         return dict(zip(ranks, found, strict=True))
 
-    def _look_at_arrivals(self, store: RawStore, keys: _Keys) -> tuple[dict[int, bool], str]:
+    def _look_at_arrivals(self, store: RawStore, keys: ExchangeKeys) -> tuple[dict[int, bool], str]:
         """Ranks that arrived, each with whether it failed; and the verdict."""
         text = store.get(keys.arrived).decode("ascii")
         marks = text.split(",")[:-1]
@@ -383,17 +346,17 @@ class Session:
 
         def read(store: RawStore) -> tuple[bytes, bytes, str]:
             # The door of a session long past may be gone; the verdict of an abort outlives it.
-            record = store.get(door) if store.check([door]) else _SEE_VERDICT
-            return record, store.get(large) if record == _LARGE else b"", self._read_verdict(store)
+            record = store.get(door) if store.check([door]) else SEE_VERDICT
+            return record, store.get(large) if record == LARGE else b"", self._read_verdict(store)
 
         record, large_value, verdict = self._link.call(read, self._deadline_s)
         kind = record[:1]
-        if kind == _ERROR:
-            raise _AbortedError(messages.error_from_text(record[1:].decode("ascii")))
-        if kind == _SEE_VERDICT:
+        if kind == ERROR:
+            raise AbortedError(messages.error_from_text(record[1:].decode("ascii")))
+        if kind == SEE_VERDICT:
             self._raise_abort(verdict)
-            raise _AbortedError(self._late_error([0]))
-        return large_value if kind == _LARGE else record[1:]
+            raise AbortedError(self._late_error([0]))
+        return large_value if kind == LARGE else record[1:]
 
     def _wait_open(self, watch: Watch, door: str) -> None:
         """Returns when `door` is open. Raises the error in force, or makes one when the coordinator stands still."""
@@ -406,7 +369,7 @@ class Session:
             except NoAnswerError:
                 self._open(door)
                 raise
-            if _is_abort(verdict):
+            if is_abort(verdict):
                 self._open(door)
                 self._raise_abort(verdict)
             stalls.observe({0: tick}, now)
@@ -427,14 +390,14 @@ class Session:
         return self._read_verdict(store), store.add(self._beat_key(0), 0)
 
     def _open(self, door: str) -> None:
-        self._link.post(lambda store: store.compare_set(door, "", _SEE_VERDICT.decode("ascii")))
+        self._link.post(lambda store: store.compare_set(door, "", SEE_VERDICT.decode("ascii")))
 
     def _give_up_on_silence(self) -> NoReturn:
         error = messages.coordinator_silent(self.what, self._phase, self._deadline_s, self._consequence)
         text = messages.error_to_text(error)
         # Takes effect when the store answers again: a coordinator that was only stopped finds the abort.
         self._link.post(lambda store: store.compare_set(self._verdict_key, "", text))
-        raise _AbortedError(error)
+        raise AbortedError(error)
 
     # -- heartbeat -----------------------------------------------------------------------------------------------
 
@@ -461,7 +424,7 @@ class Session:
         text = self._guarded(self._read_verdict)
         if not text:
             return Verdict("open")
-        if text == _COMMITTING:
+        if text == COMMITTING:
             return Verdict("committing")
         return Verdict("abort", messages.error_from_text(text))
 
@@ -477,8 +440,8 @@ class Session:
         Raises the error of the abort when one came first.
         """
         self._phase = _COMMIT_PHASE
-        text = self._guarded(lambda store: self._set_verdict(store, _COMMITTING))
-        if text != _COMMITTING:
+        text = self._guarded(lambda store: self._set_verdict(store, COMMITTING))
+        if text != COMMITTING:
             self.is_closed = True
             raise messages.error_from_text(text)
 
@@ -497,9 +460,9 @@ class Session:
             shared = messages.peers_failed(self.what, phase or self._phase, failures, self._consequence)
         try:
             self._abort_with(shared)
-        except _AbortedError as aborted:
+        except AbortedError as aborted:
             if self._committing_seen:
-                return _COMMITTING
+                return COMMITTING
             self.error = aborted.error
         self.is_closed = True
         return "abort"
@@ -512,27 +475,27 @@ class Session:
         except (ContactLostError, NoAnswerError):
             in_force = text
             self.outcome_is_open = self._phase == _COMMIT_PHASE or self._payload_may_be_there
-        if in_force == _COMMITTING:
+        if in_force == COMMITTING:
             self.outcome_is_open = True
         # When committing is in force the session cannot be aborted, and this rank's error is its own.
-        raise _AbortedError(error if in_force == _COMMITTING else messages.error_from_text(in_force)) from cause
+        raise AbortedError(error if in_force == COMMITTING else messages.error_from_text(in_force)) from cause
 
     def _set_verdict(self, store: RawStore, text: str) -> str:
         in_force = store.compare_set(self._verdict_key, "", text).decode("ascii")
-        self._committing_seen = self._committing_seen or in_force == _COMMITTING
-        store.set(self._commit_door, _SEE_VERDICT)
+        self._committing_seen = self._committing_seen or in_force == COMMITTING
+        store.set(self._commit_door, SEE_VERDICT)
         return in_force
 
     def _read_verdict(self, store: RawStore) -> str:
         if not store.check([self._verdict_key]):
             return ""
         text = store.get(self._verdict_key).decode("ascii")
-        self._committing_seen = self._committing_seen or text == _COMMITTING
+        self._committing_seen = self._committing_seen or text == COMMITTING
         return text
 
     def _raise_abort(self, verdict: str) -> None:
-        if _is_abort(verdict):
-            raise _AbortedError(messages.error_from_text(verdict))
+        if is_abort(verdict):
+            raise AbortedError(messages.error_from_text(verdict))
 
     def _guarded(self, operation: Callable[[RawStore], str]) -> str:
         try:
@@ -550,14 +513,14 @@ class Session:
         large = f"{self._done_door}/detail"
         record = outcome.encode() + b"\n" + detail
 
-        def announce(store: RawStore) -> str:
-            _announce(store, self._done_door, large, _RESULT, record)
-            store.set(self._commit_door, _SEE_VERDICT)
+        def tell(store: RawStore) -> str:
+            announce(store, self._done_door, large, RESULT, record)
+            store.set(self._commit_door, SEE_VERDICT)
             return ""
 
         with self._lock:
             self._written.append(large)
-        self._guarded(announce)
+        self._guarded(tell)
         self.is_closed = True
 
     def await_conclusion(self) -> tuple[Outcome, bytes]:
@@ -569,7 +532,7 @@ class Session:
         self._phase = _COMMIT_PHASE
         try:
             return self._await_conclusion()
-        except _AbortedError as aborted:
+        except AbortedError as aborted:
             raise aborted.error from None
         finally:
             self.is_closed = True
@@ -590,8 +553,8 @@ class Session:
                 self._consequence = consequence
                 self._give_up_on_silence()
             lost = messages.coordinator_lost(self.what, self._phase, consequence)
-            raise _AbortedError(lost) from None
-        except _AbortedError:
+            raise AbortedError(lost) from None
+        except AbortedError:
             if self._committing_seen:
                 return "unknown", b""
             raise

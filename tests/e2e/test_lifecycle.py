@@ -114,7 +114,8 @@ def test_ctrl_c_at_any_moment_of_a_save_never_blocks_the_end_nor_the_next_run(al
     ended = alone["interrupt_anywhere"]
 
     assert ended.code == 0, ended.stderr
-    assert min(ended.report["interrupted"], ended.report["finished"]) >= 10, ended.report
+    assert ended.report["interrupted"] >= 10, ended.report
+    assert ended.report["finished"] >= 3, ended.report
     assert ended.report["slowest_close_s"] < 5, ended.report
     assert len(steps_of(ended.root)) >= ended.report["finished"]
 

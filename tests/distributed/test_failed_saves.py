@@ -24,9 +24,8 @@ from dckpt.errors import (
     StorageFullError,
 )
 from dckpt.storage.posix import Posix
-from tests.support.fault_jobs import SmallRun, skip_when_busy
+from tests.support.fault_jobs import SmallRun, break_writes, skip_when_busy
 from tests.support.ranks import RankPool
-from tests.support.recording import FailingPosix
 
 pytestmark = pytest.mark.distributed
 
@@ -56,22 +55,6 @@ def opened(tmp_path: Path) -> Iterator[Callable[..., tuple[dckpt.Checkpointer, S
     for checkpointer in made:
         with contextlib.suppress(dckpt.DckptError):
             checkpointer.close()
-
-
-def break_writes(checkpointer: dckpt.Checkpointer, count: int = 1) -> FailingPosix:
-    """The next `count` saves meet a full disk in their first write."""
-    storage: Any = checkpointer._storage
-    healthy = storage._posix
-    failing = FailingPosix(kind="write", errno=errno.ENOSPC, at=1)
-    left = [count]
-
-    def strike() -> None:
-        failing.num_calls = 0
-        storage._posix = failing if left[0] > 0 else healthy
-        left[0] -= 1
-
-    failpoint.arm({"before_shard_write": strike, "before_plan": lambda: setattr(storage, "_posix", healthy)})
-    return failing
 
 
 def save_next(checkpointer: dckpt.Checkpointer, run: SmallRun) -> dckpt.PendingSave:

@@ -142,6 +142,22 @@ def fault(checkpointer: dckpt.Checkpointer, phase: str, kind: str) -> Iterator[C
         storage._posix = healthy
 
 
+def break_writes(checkpointer: dckpt.Checkpointer, count: int = 1) -> FailingPosix:
+    """The next `count` saves meet a full disk in their first write."""
+    storage: Any = checkpointer._storage
+    healthy = storage._posix
+    failing = FailingPosix(kind="write", errno=errno.ENOSPC, at=1)
+    left = [count]
+
+    def strike() -> None:
+        failing.num_calls = 0
+        storage._posix = failing if left[0] > 0 else healthy
+        left[0] -= 1
+
+    failpoint.arm({"before_shard_write": strike, "before_plan": lambda: setattr(storage, "_posix", healthy)})
+    return failing
+
+
 def fail_in_turn(
     rank: int, world_size: int, root: str, layout: Layout, cases: list[tuple[str, str, int]], deadline_s: float
 ) -> list[Seen]:

@@ -73,7 +73,7 @@ class Bench:
     def _moments(self) -> list[Any]:
         return [v for held in self.optimizer.state.values() for v in held.values() if v.dim()]
 
-    def _together(self, work: Callable[[], None]) -> float:
+    def _together(self, work: Callable[[], object]) -> float:
         """Seconds until the slowest rank is done."""
         self.dist.barrier()
         begin = time.perf_counter()
@@ -135,8 +135,22 @@ class Bench:
 
         return {"save: buffered write + fsync": self._together(work)}
 
+    def _forget(self, path: Path) -> None:
+        """Drops what the page cache holds of `path`: after a restart on another node nothing is there either."""
+        for file in sorted(path.rglob("*")) if self.rank == 0 else []:
+            if file.is_file():
+                fd = os.open(file, os.O_RDONLY)
+                os.fsync(fd)
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+                os.close(fd)
+
+    def _cold_and_warm(self, name: str, path: Path, work: Callable[[], object]) -> dict[str, float]:
+        self._forget(path)
+        cold = self._together(work)
+        return {f"load cold: {name}": cold, f"load warm: {name}": self._together(work)}
+
     def load_dckpt(self) -> dict[str, float]:
-        return {"load: dckpt": self._together(lambda: self.checkpointer.load(self.state) and None)}
+        return self._cold_and_warm("dckpt", self.directory / "dckpt", lambda: self.checkpointer.load(self.state))
 
     def load_dcp(self) -> dict[str, float]:
         import torch.distributed.checkpoint as dcp
@@ -148,7 +162,7 @@ class Bench:
             dcp.load(found, checkpoint_id=self.directory / "dcp")
             set_state_dict(self.model, self.optimizer, model_state_dict=found["model"], optim_state_dict=found["optim"])
 
-        return {"load: dcp.load": self._together(work)}
+        return self._cold_and_warm("dcp.load", self.directory / "dcp", work)
 
     def load_raw(self) -> dict[str, float]:
         def work() -> None:
@@ -156,11 +170,16 @@ class Bench:
                 for begin in range(0, len(self.raw), 8 << 20):
                     file.readinto(self.raw[begin : begin + (8 << 20)])
 
-        return {"load: readinto": self._together(work)}
+        return self._cold_and_warm("readinto", self.directory / "raw", work)
 
 
 CONTENDERS = ("save_raw", "save_dckpt", "save_dcp", "stall_dcp", "load_raw", "load_dckpt", "load_dcp")
-BASELINES = {"save": "save: dcp.save", "stall": "stall: dcp.async_save", "load": "load: dcp.load"}
+BASELINES = {
+    "save": "save: dcp.save",
+    "stall": "stall: dcp.async_save",
+    "load cold": "load cold: dcp.load",
+    "load warm": "load warm: dcp.load",
+}
 
 
 def run_rank(args: argparse.Namespace) -> None:

@@ -74,11 +74,24 @@ def ensure_size(storage: Storage, key: str, entry: FileEntry) -> None:
         )
 
 
+class ReadMemory:
+    """Memory for one reader that is used again and again: pages that were touched before cost a tenth of new ones."""
+
+    def __init__(self) -> None:
+        self._held = bytearray()
+
+    def take(self, size: int) -> memoryview:
+        """A view of `size` bytes; what the view before it showed is overwritten."""
+        if len(self._held) < size:
+            self._held = bytearray(size)
+        return memoryview(self._held)[:size]
+
+
 class VerifiedFile:
     """One shard file, read in whole blocks of 64 KiB that are compared with its sums as they arrive.
 
     A block that does not match is read a second time past the page cache; only when that differs too is it corruption.
-    Not thread-safe: one reader each.
+    Several threads may read at once.
     """
 
     def __init__(self, storage: Storage, checkpoint: str, entry: FileEntry, sums_entry: FileEntry) -> None:
@@ -90,7 +103,6 @@ class VerifiedFile:
         self._ensure_sums_fit(sums_key)
         ensure_size(storage, self.key, entry)
         self._reader = storage.open_reader(self.key)
-        self._last: tuple[int, memoryview] = (-1, memoryview(b""))
 
     def _ensure_sums_fit(self, sums_key: str) -> None:
         expected, found = (self.entry.size, self.entry.digest), (self._sums.file_bytes, self._sums.digest)
@@ -121,28 +133,28 @@ class VerifiedFile:
         """The file's block checksums, already verified against the manifest."""
         return self._sums
 
-    def read(self, begin: int, end: int) -> memoryview:
-        """Bytes `begin` to `end` of the file, verified. Reads whole blocks: keep the range below some tens of MiB."""
+    def read(self, begin: int, end: int, memory: ReadMemory | None = None) -> memoryview:
+        """Bytes `begin` to `end` of the file, verified. Reads whole blocks: keep the range below some tens of MiB.
+
+        With `memory` the result lies in it and holds until its next use; else in memory of its own.
+        """
         assert 0 <= begin <= end <= self.entry.size, (begin, end, self.entry.size)
         if begin == end:
             return memoryview(b"")
         first, last = begin // BLOCK_BYTES, (end - 1) // BLOCK_BYTES
-        if first == last and first == self._last[0]:
-            block = self._last[1]
-        else:
-            block = self._read_blocks(first, last + 1)
-            self._last = (last, block[(last - first) * BLOCK_BYTES :])
-        return block[begin - first * BLOCK_BYTES : end - first * BLOCK_BYTES]
+        blocks = self._read_blocks(first, last + 1, memory)
+        return blocks[begin - first * BLOCK_BYTES : end - first * BLOCK_BYTES]
 
     def verify_blocks(self, first: int, stop: int, on_bytes: Callable[[int], None]) -> None:
         """Reads blocks `first` to `stop` (exclusive) for their checksums alone, 16 MiB at a time."""
         step = 16 * 2**20 // BLOCK_BYTES
+        memory = ReadMemory()
         for begin in range(first, stop, step):
-            on_bytes(len(self._read_blocks(begin, min(stop, begin + step))))
+            on_bytes(len(self._read_blocks(begin, min(stop, begin + step), memory)))
 
-    def _read_blocks(self, first: int, stop: int) -> memoryview:
+    def _read_blocks(self, first: int, stop: int, memory: ReadMemory | None) -> memoryview:
         begin, end = first * BLOCK_BYTES, min(stop * BLOCK_BYTES, self.entry.size)
-        data = memoryview(bytearray(end - begin))
+        data = (memory or ReadMemory()).take(end - begin)
         self._reader.read_into(begin, data)
         expected = self._sums.blocks[first:stop]
         bad = np.flatnonzero(block_checksums(data) != expected)

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from dckpt.blocks.read import VerifiedFile
-from dckpt.dcp.chunks import local_chunks, tensor_from_bytes
+from dckpt.blocks.read import ReadMemory, VerifiedFile
+from dckpt.blocks.workers import ByteWorkers
+from dckpt.dcp.chunks import tensor_from_bytes
+from dckpt.dcp.spans import BoxRead, Span, plan_spans
 from dckpt.errors import CorruptCheckpointError
 from dckpt.format.checksum import BLOCK_BYTES
-from dckpt.format.index import Chunk, LayoutIndex
+from dckpt.format.index import LayoutIndex
 from dckpt.format.manifest import FileEntry, Manifest
-from dckpt.format.shard_file import DTYPES
 from dckpt.state.naming import DTYPE_NAMES
 
 if TYPE_CHECKING:
@@ -25,48 +26,10 @@ if TYPE_CHECKING:
 
     from dckpt.storage.base import Storage
 
-PIECE_BYTES = 16 * 2**20
 OPEN_FILES_MAX = 64
+READER_THREADS = 4  # enough requests in flight for one device
 
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
-
-
-@dataclass(frozen=True, slots=True)
-class BoxRead:
-    """One piece of work: a region of a saved chunk and the view of a live tensor that it fills."""
-
-    chunk: Chunk
-    dtype: str
-    region_offsets: tuple[int, ...]  # inside the chunk
-    region_sizes: tuple[int, ...]
-    target: torch.Tensor  # plain, shape region_sizes
-
-
-def plan_tensor_reads(name: str, index: LayoutIndex, tensor: torch.Tensor) -> list[BoxRead]:
-    """The reads that fill this rank's part of `tensor` from the chunks of the saved tensor `name` (same global shape)."""
-    meta = index.meta(name)
-    reads = []
-    for box in local_chunks(name, tensor):
-        for chunk in index.chunks(name):
-            shared = _intersect(box.offsets, box.sizes, chunk.offsets, chunk.sizes)
-            if shared is None:
-                continue
-            offsets, sizes = shared
-            target = box.tensor[
-                tuple(slice(o - b, o - b + s) for o, b, s in zip(offsets, box.offsets, sizes, strict=True))
-            ]
-            inside = tuple(o - c for o, c in zip(offsets, chunk.offsets, strict=True))
-            reads.append(BoxRead(chunk, meta.dtype, inside, sizes, target))
-    return reads
-
-
-def _intersect(
-    offsets_a: Sequence[int], sizes_a: Sequence[int], offsets_b: Sequence[int], sizes_b: Sequence[int]
-) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    begins = tuple(max(a, b) for a, b in zip(offsets_a, offsets_b, strict=True))
-    ends = (min(a + s, b + t) for a, s, b, t in zip(offsets_a, sizes_a, offsets_b, sizes_b, strict=True))
-    sizes = tuple(end - begin for begin, end in zip(begins, ends, strict=True))
-    return None if any(size <= 0 for size in sizes) else (begins, sizes)
 
 
 class CheckpointFiles:
@@ -80,6 +43,9 @@ class CheckpointFiles:
         self._entries: dict[str, FileEntry] = {entry.path.rsplit("/", 1)[-1]: entry for entry in manifest.shard_entries}
         self._extents = index.file_extents()
         self._open: OrderedDict[int, VerifiedFile] = OrderedDict()
+        self._workers = ByteWorkers(READER_THREADS)
+        self._local = threading.local()
+        self._lock = threading.Lock()
 
     def __enter__(self) -> CheckpointFiles:
         return self
@@ -90,7 +56,8 @@ class CheckpointFiles:
         self.close()
 
     def close(self) -> None:
-        """Closes what is open; safe to repeat."""
+        """Closes what is open and ends the reading threads; safe to repeat."""
+        self._workers.stop()
         while self._open:
             self._open.popitem()[1].close()
 
@@ -126,29 +93,35 @@ class CheckpointFiles:
         return file
 
     def read_boxes(self, reads: Iterable[BoxRead], on_bytes: Callable[[int], None]) -> None:
-        """Fills every target, in order of file and place so that neighbours share a block. `on_bytes` counts bytes read."""
-        for read in sorted(reads, key=lambda read: (read.chunk.file, read.chunk.begin)):
-            self._read_box(read, on_bytes)
+        """Fills every target: neighbouring ranges are read together, a few spans at a time, and verified on the way.
 
-    def _read_box(self, read: BoxRead, on_bytes: Callable[[int], None]) -> None:
-        file = self._file(read.chunk.file)
-        dtype, item = TORCH_DTYPES[read.dtype], DTYPES[read.dtype]
-        target, chunk_shape = read.target.detach(), read.chunk.sizes
-        if not chunk_shape:
-            _fill(target, tensor_from_bytes(file.read(read.chunk.begin, read.chunk.begin + item), dtype, ()))
-            on_bytes(item)
-            return
-        row_bytes = math.prod(chunk_shape[1:]) * item
-        rows_a_piece = max(1, PIECE_BYTES // row_bytes)
-        first, count = read.region_offsets[0], read.region_sizes[0]
-        inner = tuple(slice(o, o + s) for o, s in zip(read.region_offsets[1:], read.region_sizes[1:], strict=True))
-        for done in range(0, count, rows_a_piece):
-            rows = min(rows_a_piece, count - done)
-            begin = read.chunk.begin + (first + done) * row_bytes
-            data = file.read(begin, begin + rows * row_bytes)
-            source = tensor_from_bytes(data, dtype, (rows, *chunk_shape[1:]))
-            _fill(target[done : done + rows], source[(slice(None), *inner)])
-            on_bytes(len(data))
+        `on_bytes` is told how many bytes were read. Memory: one span a thread, whatever is read.
+        """
+        by_file: dict[int, list[Span]] = {}
+        for span in plan_spans(reads):
+            by_file.setdefault(span.file, []).append(span)
+        numbers = sorted(by_file)
+        for at in range(0, len(numbers), OPEN_FILES_MAX):
+            # Opened before the threads begin, so that none is closed under one of them to make room for another.
+            files = {number: self._file(number) for number in numbers[at : at + OPEN_FILES_MAX]}
+            tasks = [self._task(files[n], span, on_bytes) for n in files for span in by_file[n]]
+            self._workers.run(tasks)
+
+    def _task(self, file: VerifiedFile, span: Span, on_bytes: Callable[[int], None]) -> Callable[[], None]:
+        def read() -> None:
+            memory = getattr(self._local, "memory", None)
+            if memory is None:
+                memory = self._local.memory = ReadMemory()
+            data = file.read(span.begin, span.end, memory)
+            for fill in span.fills:
+                part = data[fill.begin - span.begin : fill.end - span.begin]
+                source = tensor_from_bytes(part, TORCH_DTYPES[fill.dtype], fill.shape)
+                with torch.no_grad():
+                    fill.target.copy_(source[fill.inner])
+            with self._lock:
+                on_bytes(len(data))
+
+        return read
 
     def read_bytes(self, name: str, *, limit: int) -> bytes:
         """The bytes of a whole record: a U8 tensor of one dimension and one chunk, at most `limit` bytes.
@@ -185,11 +158,6 @@ class CheckpointFiles:
         edges = np.flatnonzero(np.diff(np.concatenate(([False], blocks, [False])).astype(np.int8)))
         for first, stop in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True):
             file.verify_blocks(first, stop, on_bytes)
-
-
-def _fill(target: torch.Tensor, source: torch.Tensor) -> None:
-    with torch.no_grad():
-        target.copy_(source)
 
 
 def _mark(blocks: np.ndarray[tuple[int], np.dtype[np.bool_]], begin: int, end: int) -> None:

@@ -22,7 +22,8 @@ from torch.futures import Future
 from dckpt.blocks.read import read_checked
 from dckpt.catalog.catalog import Catalog
 from dckpt.dcp.location import split_checkpoint_url
-from dckpt.dcp.read import TORCH_DTYPES, BoxRead, CheckpointFiles
+from dckpt.dcp.read import TORCH_DTYPES, CheckpointFiles
+from dckpt.dcp.spans import BoxRead
 from dckpt.errors import ConfigError, CorruptCheckpointError, StorageMissingError
 from dckpt.format.index import Chunk, LayoutIndex, parse_index
 from dckpt.format.manifest import Manifest
@@ -118,13 +119,15 @@ class DckptReader(StorageReader):
         assert self._index is not None
         root, name = self._location()
         with CheckpointFiles(open_storage(root), name, self._manifest, self._index) as files:
+            tensors = [item for item in plan.items if item.type != LoadItemType.BYTE_IO]
+            targets = [planner.resolve_tensor(item) for item in tensors]
+            boxes = [self._box(item, target) for item, target in zip(tensors, targets, strict=True)]
+            files.read_boxes(boxes, on_bytes=lambda _: None)
+            for item, target in zip(tensors, targets, strict=True):
+                planner.commit_tensor(item, target)
             for item in plan.items:
                 if item.type == LoadItemType.BYTE_IO:
                     planner.load_bytes(item, self._value(item))
-                else:
-                    target = planner.resolve_tensor(item)
-                    files.read_boxes([self._box(item, target)], on_bytes=lambda _: None)
-                    planner.commit_tensor(item, target)
         future: Future[None] = Future()
         future.set_result(None)
         return future

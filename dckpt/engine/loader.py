@@ -11,7 +11,8 @@ from typing import Any, Literal
 from dckpt.blocks.read import read_checked
 from dckpt.catalog.catalog import Catalog
 from dckpt.catalog.generations import list_generations, read_generation
-from dckpt.dcp.read import CheckpointFiles, plan_tensor_reads
+from dckpt.dcp.read import CheckpointFiles
+from dckpt.dcp.spans import plan_tensor_reads
 from dckpt.engine.plan import RNG
 from dckpt.engine.refusal import REFUSALS, encode_refusal, raise_refusals
 from dckpt.engine.rng_restore import RngPlan, plan_rng_streams

@@ -256,8 +256,8 @@ class FailingReads(Posix):
 def test_a_load_that_fails_half_way_forbids_saves_until_a_load_succeeds(
     opened: Callable[..., Any], tmp_path: Path
 ) -> None:
-    opened(width=300)[0].close()
-    run = SmallRun("plain", seed=7, width=300)
+    opened(width=2100)[0].close()
+    run = SmallRun("plain", seed=7, width=2100)
     before = [parameter.detach().clone() for parameter in run.model.parameters()]
     with dckpt.Checkpointer(tmp_path / "run", signals=()) as checkpointer:
         storage: Any = checkpointer._storage

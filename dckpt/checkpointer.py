@@ -125,6 +125,8 @@ class Checkpointer:
         All ranks stop at the same step. In the middle of gradient accumulation nothing happens. When
         `state.progress.max_steps` is reached the last state is saved as well, and waited for. `metrics` go into the
         checkpoint if this step is saved. If the save before a stop fails twice its error is raised: nothing comes after.
+
+        After `Stop` leave the loop and exit with `dckpt.EXIT_STOPPED` (75): "start the same command again".
         """
         progress = state.progress
         if progress is None:

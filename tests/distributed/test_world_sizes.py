@@ -63,3 +63,17 @@ def test_a_killed_run_continues_bit_identically_on_the_same_ranks(ranks, tmp_pat
     if world_size > 1 and kind == "ddp":
         means = [digests["model.blocks.0.norm.mean"] for _, digests in straight]
         assert len(set(means)) == world_size, "the buffers were meant to differ by rank"
+
+
+@pytest.mark.parametrize(("kind", "world_size"), [("single", 1), ("ddp", 2), ("fsdp", 3)])
+def test_an_optimizer_that_never_stepped_is_carried_over_as_such(ranks, tmp_path, kind, world_size):
+    """Saving or loading at step 0 takes no step for the optimizer, and none of its hooks runs."""
+    root = str(tmp_path / "run")
+    before = ranks.run(train_and_save, world_size, root, kind, 0, has_group=kind != "single")
+
+    for loaded_by, target in (("single", 1), ("ddp", 2), ("fsdp", 2), ("fsdp", 4)):
+        results = ranks.run(resume_and_digest, target, root, loaded_by, 2, True, has_group=loaded_by != "single")
+        for after, report in results:
+            assert report["step"] == 0
+            assert not [name for name in after if name.endswith((".exp_avg", ".step"))]
+            assert _comparable(after, same_world=False) == _comparable(before[0], same_world=False)

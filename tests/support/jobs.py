@@ -16,6 +16,8 @@ from tests.support.models import Kind, Run, digests
 def train_and_save(rank: int, world_size: int, root: str, kind: Kind, steps: int, seed: int = 1) -> dict[str, str]:
     """Trains, saves blocking, returns the digests of what was saved."""
     run = Run(kind, rank, world_size, seed=seed)
+    if not steps:
+        _forbid_steps(run)
     with dckpt.Checkpointer(root, deadline_s=30, signals=()) as checkpointer:
         assert checkpointer.resume(run.state) is None
         run.train(steps)
@@ -24,9 +26,23 @@ def train_and_save(rank: int, world_size: int, root: str, kind: Kind, steps: int
         return digests(run.state)
 
 
-def resume_and_digest(rank: int, world_size: int, root: str, kind: Kind, seed: int = 2) -> tuple[dict[str, str], Any]:
+def _forbid_steps(run: Run) -> None:
+    """From here on a step of the optimizer fails the job: neither a save nor a load may take one."""
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("the optimizer took a step")
+
+    run.optimizer.register_step_pre_hook(refuse)
+    run.optimizer.register_step_post_hook(refuse)
+
+
+def resume_and_digest(
+    rank: int, world_size: int, root: str, kind: Kind, seed: int = 2, without_steps: bool = False
+) -> tuple[dict[str, str], Any]:
     """Resumes into a state built from another seed; returns digests and the report."""
     run = Run(kind, rank, world_size, seed=seed)
+    if without_steps:
+        _forbid_steps(run)
     with dckpt.Checkpointer(root, deadline_s=30, signals=()) as checkpointer:
         report = checkpointer.resume(run.state)
         assert report is not None

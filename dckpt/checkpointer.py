@@ -111,6 +111,7 @@ class Checkpointer:
         self._give_up_after = give_up_after
         self._skip_when_busy = when_busy == "skip"
         self._failures = 0
+        self._is_warmed = False
         self._in_flight: PendingSave | None = None
         self._last: _LastSave | None = None
         self._closed = False
@@ -137,6 +138,10 @@ class Checkpointer:
         self._ensure_open()
         if progress.micro_step:
             return StepAction.CONTINUE
+        if not self._is_warmed:
+            # Now the optimizer has its state, and the first save is usually some steps away.
+            self._is_warmed = True
+            self._saver.warm(state)
         decided = self._cadence.decide(progress.step, is_last=progress.done)
         if decided.stop is None and not decided.save:
             self._collect()

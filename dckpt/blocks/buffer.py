@@ -1,8 +1,11 @@
-"""The host memory in which a shard file is put together before it is written."""
+"""The host memory in which shard files are put together before they are written."""
 
 from __future__ import annotations
 
 import mmap
+import threading
+
+_WARM_BYTES = 16 * 2**20  # touched between two looks at whether the memory is wanted
 
 
 class ImageBuffer:
@@ -14,22 +17,60 @@ class ImageBuffer:
 
     def __init__(self) -> None:
         self._memory: mmap.mmap | None = None
-        self._taken = 0
+        self._nbytes = 0
+        self._warming: threading.Thread | None = None
+        self._is_wanted = threading.Event()
+
+    def warm(self, nbytes: int) -> None:
+        """Has the kernel make the pages for `nbytes` in the background; `take` ends that wherever it stands."""
+        if self._memory is not None or nbytes <= 0:
+            return
+        self._allocate(nbytes)
+        self._warming = threading.Thread(target=self._touch, name="dckpt-warm", daemon=True)
+        self._warming.start()
 
     def take(self, sizes: list[int]) -> list[memoryview]:
         """Writable views of `sizes` bytes each, every one page-aligned. What earlier views held is overwritten."""
+        self.stop_warming()
         starts, end = [], 0
         for size in sizes:
             starts.append(end)
-            end += -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
-        if end > self._taken or self._memory is None:
+            end += _whole_pages(size)
+        if end > self._nbytes or self._memory is None:
             # Views of an older, smaller mapping keep it alive on their own; it is never resized under them.
-            self._memory = mmap.mmap(-1, max(end, mmap.PAGESIZE))
-            self._taken = end
+            self._allocate(end)
+        assert self._memory is not None
         whole = memoryview(self._memory)
         return [whole[start : start + size] for start, size in zip(starts, sizes, strict=True)]
+
+    def stop_warming(self) -> None:
+        """Ends the background thread; it is never more than some milliseconds away from its end."""
+        self._is_wanted.set()
+        if self._warming is not None:
+            self._warming.join()
+            self._warming = None
+
+    def _allocate(self, nbytes: int) -> None:
+        self._nbytes = _whole_pages(max(nbytes, 1))
+        self._memory = mmap.mmap(-1, self._nbytes)
+
+    def _touch(self) -> None:
+        # Imported here: whoever only reads needs no array.
+        import numpy as np
+
+        assert self._memory is not None
+        pages = np.frombuffer(self._memory, dtype=np.uint8)[:: mmap.PAGESIZE]
+        step = _WARM_BYTES // mmap.PAGESIZE
+        for begin in range(0, len(pages), step):
+            if self._is_wanted.is_set():
+                return
+            pages[begin : begin + step] = 0
 
     @property
     def nbytes(self) -> int:
         """Bytes held now."""
-        return self._taken
+        return self._nbytes
+
+
+def _whole_pages(size: int) -> int:
+    return -(-size // mmap.PAGESIZE) * mmap.PAGESIZE

@@ -15,6 +15,7 @@ from dckpt.blocks.workers import ByteWorkers
 from dckpt.blocks.write import WRITER_THREADS, write_shard_file
 from dckpt.catalog.prune import find_leftovers, sweep
 from dckpt.catalog.transaction import Transaction, read_attempt
+from dckpt.dcp.chunks import local_chunks
 from dckpt.engine.describe import describe_checkpoint
 from dckpt.engine.job import Beginning, SaveJob, SaveRequest
 from dckpt.engine.lineage import Lineage
@@ -47,6 +48,7 @@ from dckpt.storage.base import Storage
 log = logging.getLogger(__name__)
 
 MESSAGE_BYTES_MAX = 2**31
+WARM_SLACK_BYTES = 2**20  # headers and records
 
 
 def as_dckpt_error(error: BaseException) -> DckptError:
@@ -74,8 +76,25 @@ class Saver:
         self._saves = 0
         self.lineage = Lineage(storage)
 
+    def warm(self, state: TrainState) -> None:
+        """Begins to make the memory for this rank's files in the background, before the first save needs it.
+
+        Only this rank is asked, so the size is an estimate: what several ranks hold alike is written by one of them.
+        """
+        try:
+            nbytes = sum(
+                chunk.tensor.nbytes // (1 if item.replication == "sharded" else self._topology.world_size)
+                for item in state.capture().tensors
+                for chunk in local_chunks(item.name, item.tensor)
+            )
+        except Exception as error:  # noqa: BLE001 - the first save meets it again and tells it on all ranks together
+            log.debug("memory is not warmed: %s", error)
+            return
+        self._buffer.warm(nbytes + nbytes // 32 + WARM_SLACK_BYTES)
+
     def close(self) -> None:
         """Ends the writing threads, as far as they are not stuck."""
+        self._buffer.stop_warming()
         self._workers.stop()
 
     def give_up(self, job: SaveJob, deadline_s: float) -> None:

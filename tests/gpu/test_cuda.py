@@ -1,0 +1,86 @@
+"""On a GPU: what was copied is the state at the call, random streams come back, and tensors return to their device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import dckpt
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
+
+
+class Loop:
+    def __init__(self, seed: int, dtype: torch.dtype = torch.float32) -> None:
+        torch.manual_seed(seed)
+        self.model = nn.Sequential(nn.Linear(256, 512), nn.Dropout(0.3), nn.Linear(512, 256)).to("cuda", dtype)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, fused=True)
+        self.progress = dckpt.TrainProgress(max_steps=100)
+        self.state = dckpt.TrainState(model=self.model, optimizer=self.optimizer, progress=self.progress)
+        self.dtype = dtype
+
+    def step(self) -> float:
+        loss = self.model(torch.randn(32, 256, device="cuda", dtype=self.dtype)).square().mean()
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.progress.advance(loss=loss)
+        return loss.item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_resumed_run_on_a_gpu_is_bit_identical(tmp_path, dtype):
+    straight = Loop(1, dtype)
+    losses = [straight.step() for _ in range(8)]
+    first = Loop(1, dtype)
+    with dckpt.Checkpointer(tmp_path / "run", signals=()) as checkpointer:
+        checkpointer.resume(first.state)
+        for _ in range(4):
+            first.step()
+        checkpointer.save(first.state, blocking=True)
+    second = Loop(2, dtype)
+    with dckpt.Checkpointer(tmp_path / "run", signals=()) as checkpointer:
+        report = checkpointer.resume(second.state)
+        assert report is not None
+        assert report.loaded.rng["cuda"] == "exact"
+        again = [second.step() for _ in range(4)]
+
+    assert again == losses[4:]
+    for a, b in zip(straight.model.parameters(), second.model.parameters(), strict=True):
+        assert b.is_cuda
+        assert torch.equal(a, b)
+
+
+def test_a_save_holds_the_state_at_the_call_although_the_gpu_runs_on(tmp_path):
+    loop = Loop(1)
+    with dckpt.Checkpointer(tmp_path / "run", signals=()) as checkpointer:
+        checkpointer.resume(loop.state)
+        loop.step()
+        expected = [p.detach().clone() for p in loop.model.parameters()]
+        pending = checkpointer.save(loop.state)
+        with torch.no_grad():
+            for parameter in loop.model.parameters():
+                parameter.fill_(7)
+        assert pending.wait() == "committed"
+    other = Loop(2)
+    with dckpt.Checkpointer(tmp_path / "run", signals=()) as checkpointer:
+        checkpointer.resume(other.state)
+
+    for a, b in zip(expected, other.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_checkpoint_of_a_gpu_loads_on_the_cpu(tmp_path):
+    loop = Loop(1)
+    with dckpt.Checkpointer(tmp_path / "run", signals=()) as checkpointer:
+        checkpointer.resume(loop.state)
+        loop.step()
+        checkpointer.save(loop.state, blocking=True)
+    model = nn.Sequential(nn.Linear(256, 512), nn.Dropout(0.3), nn.Linear(512, 256))
+    state = dckpt.TrainState(model=model)
+    with dckpt.Checkpointer(tmp_path / "run", signals=()) as checkpointer:
+        checkpointer.load(state, parts=("model",))
+
+    for a, b in zip(loop.model.parameters(), model.parameters(), strict=True):
+        assert torch.equal(a.cpu(), b)

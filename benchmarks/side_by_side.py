@@ -208,7 +208,7 @@ def run_rank(args: argparse.Namespace) -> None:
             "ranks": dist.get_world_size(),
             "rounds": rounds,
             "torch": torch.__version__,
-            "machine": f"{os.cpu_count()} cores, {platform.system()} {platform.release()}",
+            "machine": f"{os.cpu_count()} cores, {platform.system()} {platform.release().split('-')[0]}",
         }
         Path(args.output).write_text(json.dumps(report, indent=1) + "\n")
         print_table(report)

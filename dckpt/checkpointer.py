@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import difflib
 import logging
 import os
 import signal
@@ -32,7 +33,7 @@ from dckpt.errors import (
     PoisonedStateError,
     SaveNotFinishedError,
 )
-from dckpt.format.layout import CheckpointId
+from dckpt.format.layout import MANIFEST_NAME, CheckpointId, parse_checkpoint_name
 from dckpt.ranks.coordination import Coordination
 from dckpt.ranks.topology import detect_topology
 from dckpt.resume.report import LoadResult, ResumeReport
@@ -42,6 +43,13 @@ from dckpt.storage.opening import open_storage
 
 log = logging.getLogger(__name__)
 
+LOG_LEVELS = {
+    "critical": logging.ERROR,
+    "warning": logging.WARNING,
+    "info": logging.INFO,
+    "not checked": logging.INFO,
+}
+EXAMPLES = {"save": "dckpt.Every(steps=500)", "retention": "dckpt.Retention(last=3)"}
 LINGER_S = 20.0  # how long rank 0 stays reachable at the end, so that every rank learns the last outcome
 LINGER_AFTER_ERROR_S = 2.0  # when a rank leaves by an exception the others may never come to say goodbye
 
@@ -97,7 +105,9 @@ class Checkpointer:
             raise ConfigError(f"Checkpointer(give_up_after=): expected at least 1, found {give_up_after}.")
         if deadline_s <= 0:
             raise ConfigError(f"Checkpointer(deadline_s=): expected more than 0 seconds, found {deadline_s}.")
-        self._storage = open_storage(os.fspath(root))
+        _ensure_kind("save", save, Every)
+        _ensure_kind("retention", retention, Retention)
+        self._storage = open_storage(_place(root))
         self._topology = detect_topology()
         self._coordination = Coordination.connect(self._topology, scope="checkpointer", deadline_s=deadline_s)
         keeper = Keeper(self._storage, retention or Retention())
@@ -112,6 +122,7 @@ class Checkpointer:
         self._skip_when_busy = when_busy == "skip"
         self._failures = 0
         self._is_warmed = False
+        self._is_over = False
         self._in_flight: PendingSave | None = None
         self._last: _LastSave | None = None
         self._closed = False
@@ -123,11 +134,11 @@ class Checkpointer:
     def step(self, state: TrainState, *, metrics: Mapping[str, float] | None = None) -> StepAction:
         """Call once after each optimizer step. Saves when due; returns `Stop` after a signal, with the state committed.
 
-        All ranks stop at the same step. In the middle of gradient accumulation nothing happens. When
-        `state.progress.max_steps` is reached the last state is saved as well, and waited for. `metrics` go into the
-        checkpoint if this step is saved. If the save before a stop fails twice its error is raised: nothing comes after.
-
-        After `Stop` leave the loop and exit with `dckpt.EXIT_STOPPED` (75): "start the same command again".
+        All ranks stop at the same step. In the middle of gradient accumulation nothing happens. When the work is done
+        (`progress.max_steps` or `max_epochs`) the last state is saved, waited for, and `Stop` returned too: leave the loop
+        and exit with `0 if progress.done else dckpt.EXIT_STOPPED` (75: "start the same command again"). `metrics` go into
+        the checkpoint if this step is saved. If the save before a stop fails twice its error is raised: nothing comes
+        after. Calls after `Stop` save nothing.
         """
         progress = state.progress
         if progress is None:
@@ -138,6 +149,9 @@ class Checkpointer:
         self._ensure_open()
         if progress.micro_step:
             return StepAction.CONTINUE
+        if self._is_over:
+            log.warning("step() was called after the end, at step %d: nothing is saved; leave the loop", progress.step)
+            return StepAction.STOP
         if not self._is_warmed:
             # Now the optimizer has its state, and the first save is usually some steps away.
             self._is_warmed = True
@@ -148,13 +162,15 @@ class Checkpointer:
             return StepAction.CONTINUE
         stops = decided.stop is not None
         if stops and self._topology.is_coordinator:
-            log.info("%s received: saving step %d, then stopping", decided.stop, progress.step)
+            log.warning("%s received: saving step %d, then stopping", decided.stop, progress.step)
         if not stops and not progress.done and self._skip_when_busy and self._is_busy_anywhere(progress.step):
             return StepAction.CONTINUE
         pending = self.save(state, metrics=metrics)
         if stops or progress.done:
+            self._is_over = True
             self._finish_final(state, pending, metrics)
-        return StepAction.STOP if stops else StepAction.CONTINUE
+            return StepAction.STOP
+        return StepAction.CONTINUE
 
     def _finish_final(self, state: TrainState, pending: PendingSave, metrics: Mapping[str, float] | None) -> None:
         """The last save of this process: one that failed is tried once more, then its error is raised."""
@@ -297,7 +313,7 @@ class Checkpointer:
         loaded = self._load(
             state,
             lambda catalog: catalog.line(),
-            LoadOptions(walk_back=chosen.walk_back),
+            LoadOptions(walk_back=chosen.walk_back, is_resume=True),
             call="resume(state)",
         )
         if loaded is None:
@@ -308,7 +324,11 @@ class Checkpointer:
         self._adopt(state, loaded, reason)
         report = self.validate(state, loaded.result)
         if self._topology.is_coordinator:
-            log.info("%s", report.text())
+            log.info("%s", report.summary())
+            for finding in report.findings:
+                log.log(LOG_LEVELS[finding.severity], "%s: %s", finding.severity, finding.message)
+        # A run that is finished already is not trained past its end.
+        self._is_over = state.progress is not None and state.progress.done
         return report
 
     def load(
@@ -475,13 +495,10 @@ class Checkpointer:
             return
         assert error is not None
         self._failures += 1
-        log.error(
-            "save of step %d %s (%d in a row): %s",
-            pending.step,
-            "failed" if pending.outcome == "failed" else "has an unknown outcome",
-            self._failures,
-            error,
-        )
+        # The same error is on every rank; saying it once is enough.
+        told = logging.ERROR if self._topology.is_coordinator else logging.DEBUG
+        what = "failed" if pending.outcome == "failed" else "has an unknown outcome"
+        log.log(told, "save of step %d %s (%d in a row): %s", pending.step, what, self._failures, error)
         if self._raise_errors or isinstance(error, CommitConflictError) or self._failures >= self._give_up_after:
             raise error
 
@@ -522,13 +539,39 @@ def _close_at_exit(reference: weakref.ref[Checkpointer]) -> Callable[[], None]:
     return close
 
 
+def _place(root: str | os.PathLike[str]) -> str:
+    """The run's place. A checkpoint inside a run is not one: saving there would grow a run within a committed step."""
+    if not isinstance(root, str | os.PathLike):
+        raise ConfigError(f"Checkpointer(root): expected a path or URL, found {type(root).__name__}.")
+    place = os.path.expanduser(os.fspath(root))
+    run, _, name = place.rstrip("/").rpartition("/")
+    if parse_checkpoint_name(name) is not None:
+        raise ConfigError(
+            f"Checkpointer({place!r}): expected the directory of a run, found one of its checkpoints. To continue from it: "
+            f"Checkpointer({run or '.'!r}) and checkpointer.load(state, step={name!r})."
+        )
+    if name == "generations" or os.path.exists(os.path.join(place, MANIFEST_NAME)):
+        raise ConfigError(
+            f"Checkpointer({place!r}): expected the directory of a run, found a part of one or a stand-alone checkpoint. "
+            "Choose another root."
+        )
+    return place
+
+
+def _ensure_kind(name: str, found: object, kind: type) -> None:
+    if found is not None and not isinstance(found, kind):
+        raise ConfigError(
+            f"Checkpointer({name}=): expected a dckpt.{kind.__name__}, such as {EXAMPLES[name]}, found {found!r:.100}."
+        )
+
+
 def _ensure_choice(name: str, found: str, choices: tuple[str, ...]) -> None:
     if found not in choices:
         raise ConfigError(f"Checkpointer({name}=): expected one of {', '.join(choices)}, found {found!r}.")
 
 
 def _neighbouring_runs(place: str) -> list[str]:
-    """Up to three directories beside `place` that hold generations; only looked for when nothing was found."""
+    """Up to three runs beside `place` with a similar name; only looked for when nothing was found."""
     parent = os.path.dirname(place.rstrip("/"))
     try:
         with os.scandir(parent) as entries:
@@ -536,4 +579,6 @@ def _neighbouring_runs(place: str) -> list[str]:
     except OSError as error:
         log.debug("cannot look beside %s: %s", place, error)
         return []
-    return sorted(path for path in found if path != place.rstrip("/"))[:3]
+    names = {os.path.basename(path): path for path in found if path != place.rstrip("/")}
+    similar = difflib.get_close_matches(os.path.basename(place.rstrip("/")), list(names), n=3, cutoff=0.6)
+    return [names[name] for name in similar]

@@ -98,7 +98,8 @@ install() {
     fi
     say "Installing dckpt and its other dependencies."
     pip_install "setuptools>=77"
-    pip_install --no-build-isolation --editable "${root}[dev]"
+    # In compat mode a script beside the clone finds the package, not the clone's folder of the same name.
+    pip_install --no-build-isolation --config-settings editable_mode=compat --editable "${root}[dev]"
 }
 
 missing_tools() {

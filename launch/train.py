@@ -266,9 +266,9 @@ def train(args: argparse.Namespace, rank: int, world: int, device: torch.device)
             if rank == 0 and progress.step % 10 == 0:
                 seconds = time.monotonic() - begun
                 print(f"step {progress.step}/{args.steps}: loss {loss:.4f}, {seconds:.2f} s", flush=True)
-            if checkpointer.step(state) is dckpt.Stop:  # saves when due, and at the end; Stop: a signal came, saved
-                return dckpt.EXIT_STOPPED
-        return 0 if progress.step in checkpointer.steps() else 1
+            if checkpointer.step(state) is dckpt.Stop:  # saves when due; Stop: a signal came or the work is done, saved
+                break
+        return 0 if progress.done else dckpt.EXIT_STOPPED
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -40,6 +40,13 @@ class Keeper:
         for item in line:
             metrics, created = self._facts(catalog, item.name)
             candidates.append(Candidate(id=item, metrics=metrics, is_pinned=item.name in pins, created_unix_s=created))
+        best = self._policy.best
+        if best is not None and not any(best.metric in candidate.metrics for candidate in candidates):
+            log.warning(
+                "no checkpoint has the metric %r that Retention(best=) asks for; pass metrics= to step()", best.metric
+            )
+            if self._policy.last is None and self._policy.every is None:
+                return len(line)
         plan = plan_retention(candidates, self._policy)
         if plan.expire:
             own = parse_checkpoint_name(committed)

@@ -43,6 +43,7 @@ from dckpt.storage.base import Storage
 log = logging.getLogger(__name__)
 
 MESSAGE_BYTES_MAX = 2**31
+TRAINING_PARTS = ("optim", "scheduler", "scaler", "data", "progress")
 VISIBLE_WAIT_S = 30.0  # how long a committed manifest may stay hidden behind a client's cached directory (NFS)
 
 
@@ -55,6 +56,7 @@ class LoadOptions:
     allow_unexpected: Sequence[str] = ()
     cast: Literal["exact", "allow"] = "exact"
     walk_back: bool = False
+    is_resume: bool = False  # training goes on: a part that it would silently start without is a difference
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +174,7 @@ class Loader:
             return _corrupt(announced)
         candidate, failure = self._open(state, name, announced["sha256"], options)
         try:
-            verdict = self._vote(session, f"fit-{number}", _fit_payload(candidate), failure, _decide_fit)
+            verdict = self._vote(session, f"fit-{number}", _fit_payload(candidate, options), failure, _decide_fit)
             if "corrupt" in verdict:
                 return _corrupt(verdict)
             assert candidate is not None
@@ -366,11 +368,16 @@ def _corrupt(record: dict[str, Any]) -> CorruptCheckpointError:
     return error
 
 
-def _fit_payload(candidate: _Candidate | None) -> dict[str, Any]:
+def _fit_payload(candidate: _Candidate | None, options: LoadOptions) -> dict[str, Any]:
     if candidate is None:
         return {}
+    left_out = [
+        f"{part}: in the checkpoint, but this TrainState has none, and training would go on as if it were new"
+        for part in (candidate.plan.skipped_parts if options.is_resume else ())
+        if part in TRAINING_PARTS
+    ]
     wanted = frozenset(part for part in candidate.saved.parts if part not in candidate.plan.skipped_parts)
-    return {"differences": [*candidate.plan.differences, *candidate.saved.refusals(wanted)]}
+    return {"differences": [*candidate.plan.differences, *left_out, *candidate.saved.refusals(wanted)]}
 
 
 def _decide_corrupt(payloads: list[dict[str, Any]]) -> dict[str, Any]:
@@ -385,9 +392,9 @@ def _decide_fit(payloads: list[dict[str, Any]]) -> dict[str, Any]:
     if differences:
         shown = "; ".join(differences[:20]) + (f"; and {len(differences) - 20} more" if len(differences) > 20 else "")
         raise IncompatibleStateError(
-            f"The checkpoint does not fit the live state in {len(differences)} places: {shown}. None of it was loaded. Build "
-            "the model and optimizer as they were saved, or name the wanted differences (parts=, allow_missing=, "
-            "allow_unexpected=, cast=).",
+            f"The checkpoint does not fit the live state in {len(differences)} place(s): {shown}. None of it was loaded. "
+            "Build the state as it was saved; or load on purpose less than all of it: checkpointer.load(state, parts=[...], "
+            "allow_missing=[...], allow_unexpected=[...], cast=...).",
             differences=differences,
         )
     return {}

@@ -25,6 +25,9 @@ class LoadResult:
     damaged: tuple[str, ...] = ()  # checkpoints passed over because of confirmed corruption, newest first
     carried_from_rank_0: tuple[str, ...] = ()  # tensors that differed by rank and could not be kept so
 
+    def __str__(self) -> str:
+        return f"{self.checkpoint}: step {self.step}, parts: {', '.join(self.parts) or 'none'}"
+
 
 @dataclass(frozen=True, slots=True)
 class ResumeReport:
@@ -44,13 +47,19 @@ class ResumeReport:
         """The findings that say: do not continue like this."""
         return tuple(finding for finding in self.findings if finding.severity == "critical")
 
+    def summary(self) -> str:
+        """One line on what was loaded."""
+        return (
+            f"Resumed from {self.loaded.checkpoint}: step {self.loaded.step}, saved by {self.loaded.manifest.world_size} "
+            f"ranks, loaded by {self.world_size}; parts: {', '.join(self.loaded.parts) or 'none'}."
+        )
+
+    def __str__(self) -> str:
+        return self.text()
+
     def text(self) -> str:
         """The report for people: a line on what was loaded, then one line a finding."""
-        loaded = self.loaded
-        lines = [
-            f"Resumed from {loaded.checkpoint}: step {loaded.step}, saved by {loaded.manifest.world_size} ranks, "
-            f"loaded by {self.world_size}; parts: {', '.join(loaded.parts) or 'none'}."
-        ]
+        lines = [self.summary()]
         lines += [f"  {finding.severity}: {finding.message}" for finding in self.findings]
         return "\n".join(lines)
 

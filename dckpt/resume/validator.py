@@ -95,8 +95,8 @@ def _check_work_remains(state: TrainState) -> list[Finding]:
             expected=f"a step below max_steps={progress.max_steps}",
             found=f"step {progress.step}",
             remedy="raise max_steps, or start a new run",
-            message=f"step {progress.step} of {progress.max_steps} is already done: no work remains, the loop will end at "
-            "once. Raise max_steps, or start a new run.",
+            message=f"step {progress.step} of {progress.max_steps} is already done: no work remains, the first step() returns "
+            "Stop. Raise max_steps, or start a new run.",
         )
     ]
 

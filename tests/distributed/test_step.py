@@ -73,7 +73,7 @@ def test_without_a_cadence_only_the_last_step_is_saved_and_is_durable_when_step_
     assert checkpointer.steps() == []
     run.step()
 
-    assert checkpointer.step(run.state) is dckpt.Continue
+    assert checkpointer.step(run.state) is dckpt.Stop
     assert (run.progress.done, checkpointer.steps()) == (True, [5])
 
 

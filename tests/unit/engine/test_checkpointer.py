@@ -218,3 +218,101 @@ def test_generators_that_do_not_fit_are_refused_before_anything_live_changes(tmp
 
         assert torch.equal(second.model.weight, before)
         assert second.progress.step == 0
+
+
+def test_a_loop_that_ignores_the_end_saves_nothing_more(tmp_path, caplog):
+    loop = Loop(max_steps=3)
+    with dckpt.Checkpointer(tmp_path / "run", signals=()) as checkpointer:
+        checkpointer.resume(loop.state)
+        answers = []
+        for _ in range(6):
+            loop.step()
+            answers.append(checkpointer.step(loop.state))
+
+        assert answers == [dckpt.Continue, dckpt.Continue, dckpt.Stop, dckpt.Stop, dckpt.Stop, dckpt.Stop]
+        assert checkpointer.steps() == [3]
+    assert "after the end" in caplog.text
+
+
+def test_a_finished_run_that_is_started_again_keeps_its_last_checkpoint(tmp_path):
+    loop = Loop(max_steps=2)
+    with dckpt.Checkpointer(tmp_path / "run", signals=()) as checkpointer:
+        checkpointer.resume(loop.state)
+        for _ in range(2):
+            loop.step()
+            checkpointer.step(loop.state)
+    again = Loop(max_steps=2)
+    with dckpt.Checkpointer(tmp_path / "run", signals=()) as checkpointer:
+        report = checkpointer.resume(again.state)
+        again.step()
+
+        assert report is not None
+        assert [finding.check for finding in report.critical] == ["work_remains"]
+        assert checkpointer.step(again.state) is dckpt.Stop
+        assert checkpointer.steps() == [2]
+
+
+def test_a_resume_without_the_optimizer_is_refused_and_a_load_of_the_model_alone_is_not(tmp_path):
+    loop = Loop()
+    with dckpt.Checkpointer(tmp_path / "run", signals=()) as checkpointer:
+        checkpointer.resume(loop.state)
+        loop.step()
+        checkpointer.save(loop.state, blocking=True)
+    other = Loop()
+    bare = dckpt.TrainState(model=other.model, progress=other.progress)
+    with dckpt.Checkpointer(tmp_path / "run", signals=()) as checkpointer:
+        with pytest.raises(dckpt.IncompatibleStateError, match="optim: in the checkpoint"):
+            checkpointer.resume(bare)
+        loaded = checkpointer.load(bare)
+
+        assert loaded.skipped_parts == ("optim",)
+
+
+@pytest.mark.parametrize("inside", ["step-0000000001.g0001", "generations"])
+def test_a_part_of_a_run_is_refused_as_a_root(tmp_path, inside):
+    loop = Loop()
+    with dckpt.Checkpointer(tmp_path / "run", signals=()) as checkpointer:
+        checkpointer.resume(loop.state)
+        loop.step()
+        checkpointer.save(loop.state, blocking=True)
+
+    with pytest.raises(dckpt.ConfigError, match="expected the directory of a run"):
+        dckpt.Checkpointer(tmp_path / "run" / inside)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [({"save": 10}, r"dckpt\.Every"), ({"retention": 3}, r"dckpt\.Retention"), ({"root": None}, "path or URL")],
+)
+def test_arguments_of_the_wrong_kind_are_refused_at_once(tmp_path, arguments, told):
+    with pytest.raises(dckpt.ConfigError, match=told):
+        dckpt.Checkpointer(**{"root": tmp_path / "run", **arguments})
+
+
+def test_keeping_the_best_by_a_metric_that_no_checkpoint_has_deletes_nothing(tmp_path, caplog):
+    loop = Loop()
+    policy = dckpt.Retention(best=dckpt.Best("val_loss"))
+    with dckpt.Checkpointer(tmp_path / "run", retention=policy, signals=()) as checkpointer:
+        checkpointer.resume(loop.state)
+        for _ in range(3):
+            loop.step()
+            checkpointer.save(loop.state, blocking=True)
+        checkpointer.close()
+
+    assert len([p for p in (tmp_path / "run").iterdir() if p.name.startswith("step-")]) == 3
+    assert "no checkpoint has the metric 'val_loss'" in caplog.text
+
+
+def test_the_report_of_a_resume_reads_as_a_sentence(tmp_path):
+    loop = Loop()
+    with dckpt.Checkpointer(tmp_path / "run", signals=()) as checkpointer:
+        checkpointer.resume(loop.state)
+        loop.step()
+        checkpointer.save(loop.state, blocking=True)
+    again = Loop()
+    with dckpt.Checkpointer(tmp_path / "run", signals=()) as checkpointer:
+        report = checkpointer.resume(again.state)
+
+    assert str(report).startswith(
+        "Resumed from step-0000000001.g0001: step 1, saved by 1 ranks, loaded by 1; parts: model"
+    )

@@ -24,6 +24,7 @@ from dckpt.errors import (
     IncompatibleStateError,
     StorageError,
     StorageMissingError,
+    StorageReadOnlyError,
     from_wire,
     to_wire,
 )
@@ -122,7 +123,7 @@ class Loader:
         select: Callable[[Catalog], list[CheckpointId]],
         options: LoadOptions,
     ) -> Loaded | None:
-        found = _parse(session.exchange("find", b"", lambda _: self._find(select)))
+        found = _parse(session.exchange("find", b"", lambda _: self._find(select, options)))
         self.observed_generation = found["observed"]
         if found["names"] is None:
             return None
@@ -140,8 +141,14 @@ class Loader:
             log.error("%s is damaged, walking back: %s", name, outcome)
         raise _all_damaged(self._storage.locate(""), damaged)
 
-    def _find(self, select: Callable[[Catalog], list[CheckpointId]]) -> bytes:
+    def _find(self, select: Callable[[Catalog], list[CheckpointId]], options: LoadOptions) -> bytes:
         """On the coordinator: the candidates, newest first, from names that are known to be durable."""
+        if options.is_resume:
+            # Said before the first step of training, not at the first save an hour later. Reading needs no more.
+            try:
+                self._storage.ensure_writable()
+            except StorageReadOnlyError as error:
+                log.warning("saves will fail: %s", error)
         if not self._storage.exists():
             return dump_json({"names": None, "observed": 0})
         self._storage.sync_dir("")

@@ -16,6 +16,7 @@ Whoever gives up on a door opens it, so no thread stays behind in a wait.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -48,6 +49,9 @@ from dckpt.ranks.protocol import (
 )
 from dckpt.ranks.topology import Topology
 
+log = logging.getLogger(__name__)
+
+WARN_AFTER_S = 30.0  # a mistake such as `if rank == 0: save()` should not stay silent until the deadline
 SLICE_S = 0.5  # between two looks at verdict and heartbeats while a rank waits
 ERROR_GRACE_S = 1.0  # how long the coordinator waits for further ranks once one has reported a failure
 _COMMIT_PHASE = "commit"
@@ -256,6 +260,7 @@ class Session:
         stalls = StallWatch(everyone, time.monotonic(), self._deadline_s)
         watch = self._link.watch(keys.all)
         woken, failed_at = False, None
+        warn_at = time.monotonic() + WARN_AFTER_S
         while True:
             if woken:
                 time.sleep(min(0.02, self._slice_s))
@@ -266,6 +271,10 @@ class Session:
             self._raise_abort(verdict)
             if len(arrived) == world:
                 break
+            if now >= warn_at:
+                warn_at = float("inf")
+                named = messages.format_ranks([rank for rank in everyone if rank not in arrived])
+                log.warning("%s: still waiting for %s; every rank must call %s", self.what, named, self._call)
             if any(arrived.values()):
                 failed_at = now if failed_at is None else failed_at
                 if now - failed_at >= min(ERROR_GRACE_S, self._deadline_s / 3):

@@ -87,6 +87,10 @@ class Storage(Protocol):
         """The absolute place of `key`, for messages."""
         ...
 
+    def ensure_writable(self) -> None:
+        """`StorageReadOnlyError` if it is known now that nothing can be created here; writes nothing to find out."""
+        ...
+
     def exists(self) -> bool:
         """Whether the root is there. False is an answer of the storage, never a failure to ask it."""
         ...

@@ -64,6 +64,29 @@ class LocalStorage:
 
     # --- reading
 
+    def ensure_writable(self) -> None:
+        place = self.root
+        while place != os.path.dirname(place):
+            try:
+                if self._is_taken(place):
+                    break
+            except StorageMissingError:
+                # Something above it is a file.
+                logger.debug("%s cannot be there", place)
+            place = os.path.dirname(place)
+        if not self._is_dir(place):
+            raise StorageReadOnlyError(
+                f"{self.root}: expected a directory, or a place where one can be made, found {place}, which is none. Choose "
+                "another root.",
+                key=self.root,
+            )
+        if not self._posix.access(place, os.W_OK | os.X_OK):
+            raise StorageReadOnlyError(
+                f"{self.root}: expected to be able to write, found that {place} does not allow it. Check the mount and the "
+                "permissions, or choose another root.",
+                key=self.root,
+            )
+
     def exists(self) -> bool:
         try:
             mode = read_again(lambda: self._posix.stat(self.root, follow_symlinks=True)).st_mode

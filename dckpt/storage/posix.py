@@ -58,6 +58,9 @@ class Posix:
     def stat(self, path: str, *, follow_symlinks: bool = False) -> os.stat_result:
         return os.stat(path, follow_symlinks=follow_symlinks)
 
+    def access(self, path: str, mode: int) -> bool:
+        return os.access(path, mode)
+
     def statvfs(self, path: str) -> os.statvfs_result:
         return os.statvfs(path)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from dckpt.errors import (
     KeyExistsError,
     StorageError,
     StorageMissingError,
+    StorageReadOnlyError,
 )
 from dckpt.storage.base import Storage
 from dckpt.storage.local import LocalStorage
@@ -341,3 +343,13 @@ def test_free_bytes_is_a_number_or_unknown(storage: Storage):
     free = storage.free_bytes()
 
     assert free is None or free > 0
+
+
+def test_a_root_that_cannot_be_made_is_known_before_anything_is_written(tmp_path):
+    (tmp_path / "file").write_text("")
+
+    with pytest.raises(StorageReadOnlyError, match="expected a directory"):
+        LocalStorage(str(tmp_path / "file" / "run")).ensure_writable()
+    LocalStorage(str(tmp_path / "new" / "run")).ensure_writable()
+
+    assert sorted(os.listdir(tmp_path)) == ["file"]

@@ -15,7 +15,6 @@ from dckpt.errors import (
     KeyExistsError,
     StorageError,
     StorageMissingError,
-    StorageReadOnlyError,
 )
 from dckpt.storage.base import Storage
 from dckpt.storage.local import LocalStorage
@@ -348,8 +347,8 @@ def test_free_bytes_is_a_number_or_unknown(storage: Storage):
 def test_a_root_that_cannot_be_made_is_known_before_anything_is_written(tmp_path):
     (tmp_path / "file").write_text("")
 
-    with pytest.raises(StorageReadOnlyError, match="expected a directory"):
-        LocalStorage(str(tmp_path / "file" / "run")).ensure_writable()
+    with pytest.raises(ConfigError, match="expected a directory"):
+        open_storage(str(tmp_path / "file" / "run"))
     LocalStorage(str(tmp_path / "new" / "run")).ensure_writable()
 
     assert sorted(os.listdir(tmp_path)) == ["file"]

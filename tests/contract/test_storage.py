@@ -348,7 +348,7 @@ def test_a_root_that_cannot_be_made_is_known_before_anything_is_written(tmp_path
     (tmp_path / "file").write_text("")
 
     with pytest.raises(ConfigError, match="expected a directory"):
-        open_storage(str(tmp_path / "file" / "run"))
+        open_storage(str(tmp_path / "file" / "run")).ensure_writable()
     LocalStorage(str(tmp_path / "new" / "run")).ensure_writable()
 
     assert sorted(os.listdir(tmp_path)) == ["file"]

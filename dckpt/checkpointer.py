@@ -381,6 +381,7 @@ class Checkpointer:
             reason,
         )
         self._cadence.reset()
+        self._is_over = False
         self._last = self._as_saved(state, loaded, reason)
 
     def _as_saved(self, state: TrainState, loaded: Loaded, reason: str) -> _LastSave | None:

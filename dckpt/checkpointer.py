@@ -29,7 +29,9 @@ from dckpt.errors import (
     CheckpointNotFoundError,
     CommitConflictError,
     ConfigError,
+    CoordinationTimeoutError,
     DckptError,
+    PeerFailedError,
     PoisonedStateError,
     SaveNotFinishedError,
 )
@@ -496,8 +498,9 @@ class Checkpointer:
             return
         assert error is not None
         self._failures += 1
-        # The same error is on every rank; saying it once is enough.
-        told = logging.ERROR if self._topology.is_coordinator else logging.DEBUG
+        # The same error is on every rank and said once, by rank 0; unless rank 0 is what was lost.
+        is_told_here = self._topology.is_coordinator or pending.outcome == "unknown" or _blames_coordinator(error)
+        told = logging.ERROR if is_told_here else logging.DEBUG
         what = "failed" if pending.outcome == "failed" else "has an unknown outcome"
         log.log(told, "save of step %d %s (%d in a row): %s", pending.step, what, self._failures, error)
         if self._raise_errors or isinstance(error, CommitConflictError) or self._failures >= self._give_up_after:
@@ -522,6 +525,12 @@ def _plain_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
         return {str(name): float(value) for name, value in metrics.items()}
     except (TypeError, ValueError) as error:
         raise ConfigError(f"metrics: expected numbers by name, found {dict(metrics)!r:.200}: {error}") from error
+
+
+def _blames_coordinator(error: DckptError) -> bool:
+    if isinstance(error, PeerFailedError):
+        return error.rank == 0
+    return isinstance(error, CoordinationTimeoutError) and 0 in error.ranks
 
 
 def _any_busy(payloads: list[bytes]) -> bytes:

@@ -7,6 +7,11 @@ import os
 from dckpt.errors import ConfigError
 
 
+def is_local_url(url: str) -> bool:
+    """Whether this version stores there: a path or a `file://` URL."""
+    return "://" not in url or url.startswith("file://")
+
+
 def split_checkpoint_url(url: str) -> tuple[str, str]:
     """(root, name) of the checkpoint directory `url`; the root is where attempts are staged and renamed from."""
     place = url.rstrip("/")

@@ -22,7 +22,7 @@ from dckpt.blocks.workers import ByteWorkers
 from dckpt.blocks.write import WRITER_THREADS, write_shard_file
 from dckpt.catalog.transaction import Transaction
 from dckpt.dcp.chunks import copy_to_bytes
-from dckpt.dcp.location import split_checkpoint_url
+from dckpt.dcp.location import is_local_url, split_checkpoint_url
 from dckpt.errors import ConfigError
 from dckpt.format.index import Chunk, build_index
 from dckpt.format.manifest import FileEntry, Manifest
@@ -96,8 +96,7 @@ class DckptWriter(StorageWriter):
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """True for local paths and `file://` URLs."""
-        name = os.fspath(checkpoint_id)
-        return "://" not in name or name.startswith("file://")
+        return is_local_url(os.fspath(checkpoint_id))
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """A new save begins, at `checkpoint_id` if given."""

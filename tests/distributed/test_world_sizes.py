@@ -47,7 +47,9 @@ def test_everything_is_equal_bit_for_bit_on_any_number_of_ranks(ranks, saved, ki
             assert (report["step"], report["saved_world_size"]) == (3, world_size)
 
 
-@pytest.mark.parametrize(("kind", "world_size"), [("single", 1), ("ddp", 2), ("fsdp", 1), ("fsdp", 2), ("fsdp", 4)])
+@pytest.mark.parametrize(
+    ("kind", "world_size"), [("single", 1), ("ddp", 2), ("ddp", 4), ("fsdp", 1), ("fsdp", 2), ("fsdp", 4)]
+)
 def test_a_killed_run_continues_bit_identically_on_the_same_ranks(ranks, tmp_path, kind, world_size):
     has_group = kind != "single"
     straight = ranks.run(train_straight, world_size, kind, 8, has_group=has_group)

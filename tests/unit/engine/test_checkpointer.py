@@ -42,6 +42,14 @@ def _disarmed():
     failpoint.disarm()
 
 
+def _save_one(loop, root):
+    """A run with one step, saved and closed."""
+    with dckpt.Checkpointer(root, signals=()) as checkpointer:
+        checkpointer.resume(loop.state)
+        loop.step()
+        assert checkpointer.save(loop.state, blocking=True).outcome == "committed"
+
+
 def _manifest(root, name):
     return json.loads((root / name / "manifest.json").read_text())
 
@@ -92,10 +100,7 @@ def test_a_partial_load_is_not_taken_for_a_save_of_that_step(tmp_path):
 
 def test_after_a_whole_resume_the_same_step_is_saved_already(tmp_path):
     loop = Loop()
-    with dckpt.Checkpointer(tmp_path / "run", signals=()) as checkpointer:
-        checkpointer.resume(loop.state)
-        loop.step()
-        checkpointer.save(loop.state, blocking=True)
+    _save_one(loop, tmp_path / "run")
     again = Loop()
     with dckpt.Checkpointer(tmp_path / "run", signals=()) as checkpointer:
         checkpointer.resume(again.state)
@@ -205,10 +210,7 @@ def test_generators_that_do_not_fit_are_refused_before_anything_live_changes(tmp
 
     first = Loop()
     first.state.generators["shuffle"] = torch.Generator()
-    with dckpt.Checkpointer(tmp_path / "run", signals=()) as checkpointer:
-        checkpointer.resume(first.state)
-        first.step()
-        checkpointer.save(first.state, blocking=True)
+    _save_one(first, tmp_path / "run")
     second = Loop()
     second.state.generators["shuffle"] = np.random.default_rng(1)
     before = second.model.weight.detach().clone()
@@ -254,10 +256,7 @@ def test_a_finished_run_that_is_started_again_keeps_its_last_checkpoint(tmp_path
 
 def test_a_resume_without_the_optimizer_is_refused_and_a_load_of_the_model_alone_is_not(tmp_path):
     loop = Loop()
-    with dckpt.Checkpointer(tmp_path / "run", signals=()) as checkpointer:
-        checkpointer.resume(loop.state)
-        loop.step()
-        checkpointer.save(loop.state, blocking=True)
+    _save_one(loop, tmp_path / "run")
     other = Loop()
     bare = dckpt.TrainState(model=other.model, progress=other.progress)
     with dckpt.Checkpointer(tmp_path / "run", signals=()) as checkpointer:
@@ -271,10 +270,7 @@ def test_a_resume_without_the_optimizer_is_refused_and_a_load_of_the_model_alone
 @pytest.mark.parametrize("inside", ["step-0000000001.g0001", "generations"])
 def test_a_part_of_a_run_is_refused_as_a_root(tmp_path, inside):
     loop = Loop()
-    with dckpt.Checkpointer(tmp_path / "run", signals=()) as checkpointer:
-        checkpointer.resume(loop.state)
-        loop.step()
-        checkpointer.save(loop.state, blocking=True)
+    _save_one(loop, tmp_path / "run")
 
     with pytest.raises(dckpt.ConfigError, match="expected the directory of a run"):
         dckpt.Checkpointer(tmp_path / "run" / inside)
@@ -305,10 +301,7 @@ def test_keeping_the_best_by_a_metric_that_no_checkpoint_has_deletes_nothing(tmp
 
 def test_the_report_of_a_resume_reads_as_a_sentence(tmp_path):
     loop = Loop()
-    with dckpt.Checkpointer(tmp_path / "run", signals=()) as checkpointer:
-        checkpointer.resume(loop.state)
-        loop.step()
-        checkpointer.save(loop.state, blocking=True)
+    _save_one(loop, tmp_path / "run")
     again = Loop()
     with dckpt.Checkpointer(tmp_path / "run", signals=()) as checkpointer:
         report = checkpointer.resume(again.state)
@@ -316,3 +309,20 @@ def test_the_report_of_a_resume_reads_as_a_sentence(tmp_path):
     assert str(report).startswith(
         "Resumed from step-0000000001.g0001: step 1, saved by 1 ranks, loaded by 1; parts: model"
     )
+
+
+@pytest.mark.parametrize(
+    ("error", "blames"),
+    [
+        (dckpt.PeerFailedError("lost", rank=0), True),
+        (dckpt.PeerFailedError("lost", rank=1), False),
+        (dckpt.CoordinationTimeoutError("late", ranks=[0, 2]), True),
+        (dckpt.CoordinationTimeoutError("late", ranks=[1]), False),
+        (dckpt.StorageFullError("full"), False),
+    ],
+)
+def test_a_loss_of_rank_0_is_told_by_the_ranks_that_are_left(error, blames):
+    """Otherwise rank 0 alone speaks, and a dead one says nothing."""
+    from dckpt.checkpointer import _blames_coordinator
+
+    assert _blames_coordinator(error) is blames

@@ -245,7 +245,7 @@ class Checkpointer:
 
     def _hand_over(self, job: SaveJob) -> None:
         job.pending.look_with(lambda: self._look_after(job))
-        self._thread.submit(lambda: self._saver.finish(job))
+        self._thread.submit(lambda: self._saver.committer.finish(job))
 
     def _look_after(self, job: SaveJob) -> None:
         """Called while somebody waits for the save: a writer that the kernel does not give back is left behind."""

@@ -32,7 +32,7 @@ def plan_tensor_reads(name: str, index: LayoutIndex, tensor: torch.Tensor) -> li
     meta = index.meta(name)
     reads = []
     for box in local_chunks(name, tensor):
-        for chunk in index.chunks(name):
+        for chunk in index.chunks_overlapping(name, box.offsets, box.sizes):
             shared = _intersect(box.offsets, box.sizes, chunk.offsets, chunk.sizes)
             if shared is None:
                 continue

@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable, Sequence
 
 from dckpt.engine.job import SaveRequest
+from dckpt.engine.local_state import LocalState
 from dckpt.engine.plan import RankPlan, SaveLayout
-from dckpt.engine.staging import LocalState
 from dckpt.format.manifest import FileEntry, Manifest, Mesh
 from dckpt.resume.facts import collect_facts, writer_versions
 from dckpt.state.rng import classify_streams

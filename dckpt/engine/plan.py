@@ -31,6 +31,7 @@ class LocalTensor:
     shape: tuple[int, ...]
     boxes: tuple[Box, ...]
     digest: str | None
+    is_frozen: bool = False
 
     def box_bytes(self, box: int) -> int:
         """Bytes of the box number `box`."""
@@ -50,7 +51,7 @@ class RankPlan:
 
     def encode(self) -> bytes:
         """The JSON that travels to the coordinator."""
-        tensors = [[t.name, t.dtype, t.shape, t.boxes, t.digest] for t in self.tensors]
+        tensors = [[t.name, t.dtype, t.shape, t.boxes, t.digest, t.is_frozen] for t in self.tensors]
         return dump_json(
             {
                 "step": self.step,
@@ -77,8 +78,8 @@ class RankPlan:
 
 
 def _decode_tensor(row: list[Any]) -> LocalTensor:
-    name, dtype, shape, boxes, digest = row
-    return LocalTensor(name, dtype, tuple(shape), tuple((tuple(o), tuple(s)) for o, s in boxes), digest)
+    name, dtype, shape, boxes, digest, is_frozen = row
+    return LocalTensor(name, dtype, tuple(shape), tuple((tuple(o), tuple(s)) for o, s in boxes), digest, is_frozen)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,9 +151,10 @@ def plan_files(
     pending: dict[str, list[WriteItem]] = {}
     for item in items:
         pending.setdefault(item.shard_tensor.name, []).append(item)
+    frozen = {tensor.name for tensor in plan.tensors if tensor.is_frozen}
     return [
         (file, [pending[tensor.name].pop(0) for tensor in file.tensors])
-        for file in plan_shard_files(rank, [item.shard_tensor for item in items])
+        for file in plan_shard_files(rank, [item.shard_tensor for item in items], separate=frozen)
     ]
 
 

@@ -147,6 +147,17 @@ class LayoutIndex:
             for offset, size, file, place in zip(offsets, sizes, files, begins, strict=True)
         ]
 
+    def chunks_overlapping(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> list[Chunk]:
+        """Those of `chunks(name)` that share an element with the box at `offsets` of shape `sizes`."""
+        return [
+            chunk
+            for chunk in self.chunks(name)
+            if all(
+                max(a, b) < min(a + s, b + t)
+                for a, s, b, t in zip(offsets, sizes, chunk.offsets, chunk.sizes, strict=True)
+            )
+        ]
+
     def chunks_in_file(self, file: int) -> list[tuple[str, int, int]]:
         """(tensor name, begin, end) of the chunks in one file, ascending; to name damaged tensors."""
         if self._file_order is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dckpt.errors import ConfigError
@@ -67,6 +67,8 @@ class ShardFilePlan:
     tensors: tuple[ShardTensor, ...]
     begins: tuple[int, ...]
     size: int
+    is_separate: bool = False
+    """Its tensors are not expected to change: a later save may reuse the whole file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +166,10 @@ def plan_shard_files(
         occurrence = num_seen.get(tensor.name, 0)
         num_seen[tensor.name] = occurrence + 1
         groups.setdefault((tensor.name in separate, occurrence), []).append(tensor)
-    return [plan_shard_file(shard_file_name(rank, part), groups[group]) for part, group in enumerate(sorted(groups))]
+    return [
+        replace(plan_shard_file(shard_file_name(rank, part), groups[group]), is_separate=group[0])
+        for part, group in enumerate(sorted(groups))
+    ]
 
 
 def header_bytes_needed(first8: bytes, *, file_bytes: int, key: str) -> int:

@@ -30,6 +30,7 @@ class ModelTensor:
     replication: Replication
     is_derived: bool
     """A state_dict hook made it; writing into it would not reach the module, `load_state_dict` does."""
+    is_frozen: bool
 
 
 @dataclass(slots=True)
@@ -93,7 +94,14 @@ def read_module(module: nn.Module, *, prefix: str, seen: dict[int, str] | None =
             state.aliases[name] = canonical
             continue
         state.tensors.append(
-            ModelTensor(name, key, value, _replication(value, replicated), is_derived=not _is_live(value, live))
+            ModelTensor(
+                name,
+                key,
+                value,
+                _replication(value, replicated),
+                is_derived=not _is_live(value, live),
+                is_frozen=isinstance(value, nn.Parameter) and not value.requires_grad,
+            )
         )
     return state
 
@@ -146,7 +154,7 @@ def replicated_parameters(module: nn.Module) -> set[int]:
 
 def capture_module(state: ModuleState, *, what: str) -> tuple[list[NamedTensor], dict[str, Any]]:
     """The module's tensors, and its extra state as a tree by name (tensors in it become tensors of their own)."""
-    tensors = [NamedTensor(t.name, t.tensor.detach(), t.replication) for t in state.tensors]
+    tensors = [NamedTensor(t.name, t.tensor.detach(), t.replication, t.is_frozen) for t in state.tensors]
     extra: dict[str, Any] = {}
     for name, (key, value) in state.values.items():
         flat = flatten(value, name=name, path=f"{what}.state_dict()[{key!r}]")

@@ -24,6 +24,8 @@ class NamedTensor:
     replication: Replication
     """sharded: a DTensor. trusted: plain, and equal on every rank by construction (under DDP). checked: any other
     plain tensor; whoever saves it compares its bytes over the ranks."""
+    is_frozen: bool = False
+    """A parameter that is not trained: it goes to files that later saves can reuse whole."""
 
 
 @dataclass(frozen=True, slots=True)

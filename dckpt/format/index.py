@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import struct
-from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import chain, pairwise
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,16 +14,22 @@ import xxhash
 from dckpt.errors import ConfigError, CorruptCheckpointError, FormatVersionError
 from dckpt.format import index_checks
 from dckpt.format.fields import Fields
+from dckpt.format.grids import Grid, find_grid
 from dckpt.format.layout import FILE_BYTES_MAX, SHARD_SUFFIX, ensure_safe_path, is_tensor_name
+from dckpt.format.layout_index import Chunk, Columns, LayoutIndex, Placed, TensorMeta
 from dckpt.format.refusal import corrupt, shown
 from dckpt.format.sealed_json import dump_json, load_json
-from dckpt.format.shard_file import DIMENSIONS_MAX, DTYPES
+from dckpt.format.shard_file import DIMENSIONS_MAX, DTYPES, HEADER_BYTES_MAX, LENGTH_BYTES
+
+__all__ = ["Chunk", "Grid", "LayoutIndex", "TensorMeta", "build_index", "encode_index", "parse_index"]
 
 INDEX_BYTES_MAX = 2**30
 INDEX_HEADER_BYTES_MAX = 64 * 2**20
 TENSORS_MAX = 2**22
 CHUNKS_MAX = 2**24
 INDEX_FILES_MAX = 2**20
+GRIDS_MAX = 2**20
+CELLS_MAX = 2**24
 
 _MAGIC = b"\x89dckIDX\n"
 _MAJOR, _MINOR = 1, 0
@@ -43,159 +46,28 @@ _COLUMN_TYPES = {
     "begin": "u8",
     "offsets": "i8",
     "sizes": "i8",
+    "grid": "i4",
+    "data_begin": "u8",
+    "grid_ndim": "u1",
+    "grid_parts": "i8",
+    "cell_ends": "u8",
+    "cells": "i4",
 }
-_HEADER_KEYS = ("tensors", "chunks", "files", "dtypes", "columns")
-
-Columns: TypeAlias = dict[str, npt.NDArray[Any]]
-
-
-@dataclass(frozen=True, slots=True)
-class TensorMeta:
-    """A tensor as a whole."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the whole tensor."""
-        return math.prod(self.shape) * DTYPES[self.dtype]
-
-    def chunk_nbytes(self, chunk: Chunk) -> int:
-        """Bytes of one of its chunks."""
-        return math.prod(chunk.sizes) * DTYPES[self.dtype]
+_PER_GRID = ("grid_ndim", "cell_ends")
+_HEADER_KEYS = ("tensors", "chunks", "grids", "files", "dtypes", "columns")
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """A box of a tensor and where it lies: `file` is a number in the index's `files`, -1 for an empty box."""
+def build_index(
+    files: Sequence[str],
+    tensors: Mapping[str, tuple[str, Sequence[int], Sequence[Chunk] | Grid]],
+    *,
+    data_begins: Sequence[int] | None = None,
+) -> LayoutIndex:
+    """The index of a plan; one whose chunks overlap or leave a gap is refused before anything is written.
 
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
-    file: int
-    begin: int
-
-
-class LayoutIndex:
-    """Where every chunk of every tensor lies. Made by `build_index` and `parse_index`, which have checked it.
-
-    It holds columns; records are made for what is asked.
+    A tensor comes with its dtype, global shape, and its chunks or its `Grid`. `data_begins`: where the data of each file
+    begins; needed with grids. Given, chunks that form a grid in the order of FORMAT.md, 5, are stored as one.
     """
-
-    __slots__ = ("_columns", "_dtypes", "_file_order", "_names", "_placed", "files")
-
-    def __init__(self, files: tuple[str, ...], dtypes: tuple[str, ...], columns: Columns, placed: _Placed) -> None:
-        self.files = files
-        """Shard files, relative to the attempt directory."""
-        self._dtypes = dtypes
-        self._columns = columns
-        self._placed = placed
-        self._names = placed.names
-        self._file_order: npt.NDArray[np.intp] | None = None
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and self._find(name) is not None
-
-    def __eq__(self, other: object) -> bool:
-        return encode_index(self) == encode_index(other) if isinstance(other, LayoutIndex) else NotImplemented
-
-    __hash__ = None  # type: ignore[assignment]
-
-    @property
-    def num_chunks(self) -> int:
-        """Chunks of all tensors, the empty ones included."""
-        return len(self._columns["file"])
-
-    def names(self) -> tuple[str, ...]:
-        """All tensor names, ascending."""
-        return self._names
-
-    def _find(self, name: str) -> int | None:
-        place = bisect_left(self._names, name)
-        return place if place < len(self._names) and self._names[place] == name else None
-
-    def _row(self, name: str) -> int:
-        row = self._find(name)
-        if row is None:
-            raise KeyError(name)
-        return row
-
-    def meta(self, name: str) -> TensorMeta:
-        """dtype and global shape of a tensor; KeyError if there is none of this name."""
-        row = self._row(name)
-        begin, end = self._placed.shape_begins[row : row + 2].tolist()
-        shape = tuple(self._columns["shape"][begin:end].tolist())
-        return TensorMeta(name=name, dtype=self._dtypes[self._columns["dtype"][row]], shape=shape)
-
-    def chunks(self, name: str) -> list[Chunk]:
-        """The chunks of a tensor, ascending by offsets; KeyError if there is none of this name."""
-        row = self._row(name)
-        begin, end = self._placed.chunk_begins[row : row + 2].tolist()
-        dimensions = int(self._columns["ndim"][row])
-        first = int(self._placed.box_begins[begin]) if begin < end else 0
-        places = slice(first, first + (end - begin) * dimensions)
-        offsets = self._columns["offsets"][places].reshape(end - begin, dimensions).tolist()
-        sizes = self._columns["sizes"][places].reshape(end - begin, dimensions).tolist()
-        files = self._columns["file"][begin:end].tolist()
-        begins = self._columns["begin"][begin:end].tolist()
-        return [
-            Chunk(offsets=tuple(offset), sizes=tuple(size), file=file, begin=place)
-            for offset, size, file, place in zip(offsets, sizes, files, begins, strict=True)
-        ]
-
-    def chunks_overlapping(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> list[Chunk]:
-        """Those of `chunks(name)` that share an element with the box at `offsets` of shape `sizes`."""
-        return [
-            chunk
-            for chunk in self.chunks(name)
-            if all(
-                max(a, b) < min(a + s, b + t)
-                for a, s, b, t in zip(offsets, sizes, chunk.offsets, chunk.sizes, strict=True)
-            )
-        ]
-
-    def chunks_in_file(self, file: int) -> list[tuple[str, int, int]]:
-        """(tensor name, begin, end) of the chunks in one file, ascending; to name damaged tensors."""
-        if self._file_order is None:
-            self._file_order = np.lexsort((self._columns["begin"], self._columns["file"]))
-        order = self._file_order
-        numbers = self._columns["file"][order]
-        rows = order[np.searchsorted(numbers, file, "left") : np.searchsorted(numbers, file, "right")]
-        begins = self._columns["begin"][rows].astype(np.int64)
-        ends = begins + self._placed.nbytes[rows]
-        owners = self._placed.owner[rows].tolist()
-        return [
-            (self._names[owner], begin, end)
-            for owner, begin, end in zip(owners, begins.tolist(), ends.tolist(), strict=True)
-        ]
-
-    def file_extents(self) -> list[int]:
-        """For each file, where its last chunk ends: the size it must have (0: no chunk in it)."""
-        ends = np.zeros(len(self.files), dtype=np.int64)
-        rows = np.flatnonzero(self._columns["file"] >= 0)
-        stops = self._columns["begin"][rows].astype(np.int64) + self._placed.nbytes[rows]
-        np.maximum.at(ends, self._columns["file"][rows], stops)
-        return [int(end) for end in ends]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Placed:
-    """Derived from the columns once: names as strings, where the rows of each tensor and chunk begin."""
-
-    names: tuple[str, ...]
-    shape_begins: index_checks.Ints
-    chunk_begins: index_checks.Ints
-    box_begins: index_checks.Ints
-    owner: index_checks.Ints
-    nbytes: index_checks.Ints
-
-
-def build_index(files: Sequence[str], tensors: Mapping[str, tuple[str, Sequence[int], Sequence[Chunk]]]) -> LayoutIndex:
-    """The index of a plan; one whose chunks overlap or leave a gap is refused before anything is written."""
     names = sorted(tensors, key=lambda name: name.encode("utf-8", "surrogatepass"))
     for name in names:
         dtype, shape, chunks = tensors[name]
@@ -203,16 +75,20 @@ def build_index(files: Sequence[str], tensors: Mapping[str, tuple[str, Sequence[
             raise ConfigError(
                 f"Layout index: tensor {shown(name)}: cannot store this name with dtype {shown(dtype)}. Change them."
             )
-        if len(shape) > DIMENSIONS_MAX or any(
-            len(chunk.offsets) != len(shape) or len(chunk.sizes) != len(shape) for chunk in chunks
+        if len(shape) > DIMENSIONS_MAX or (
+            not isinstance(chunks, Grid)
+            and any(len(chunk.offsets) != len(shape) or len(chunk.sizes) != len(shape) for chunk in chunks)
         ):
             raise ConfigError(
                 f"Layout index: tensor {name}: expected chunks of {len(shape)} dimensions as the tensor has, "
                 f"and at most {DIMENSIONS_MAX}. Reshape it."
             )
+    listed, gridded = _split(names, tensors, is_compacted=data_begins is not None)
+    grids = list(dict.fromkeys(gridded.values()))
+    grid_numbers = {grid: number for number, grid in enumerate(grids)}
     dtypes = tuple(sorted({tensors[name][0] for name in names}))
     numbers = {dtype: number for number, dtype in enumerate(dtypes)}
-    rows = [sorted(tensors[name][2], key=lambda chunk: (chunk.offsets, chunk.sizes)) for name in names]
+    rows = [listed.get(name, []) for name in names]
     flat = list(chain.from_iterable(rows))
     blobs = [name.encode() for name in names]
     shapes = [tensors[name][1] for name in names]
@@ -228,8 +104,14 @@ def build_index(files: Sequence[str], tensors: Mapping[str, tuple[str, Sequence[
             "begin": _column((chunk.begin for chunk in flat), "u8"),
             "offsets": _column(chain.from_iterable(chunk.offsets for chunk in flat), "i8"),
             "sizes": _column(chain.from_iterable(chunk.sizes for chunk in flat), "i8"),
+            "grid": _column((grid_numbers[gridded[name]] if name in gridded else -1 for name in names), "i4"),
+            "data_begin": _column(data_begins or (), "u8"),
+            "grid_ndim": _column((len(grid.parts) for grid in grids), "u1"),
+            "grid_parts": _column(chain.from_iterable(grid.parts for grid in grids), "i8"),
+            "cell_ends": np.cumsum(_column((len(grid.files) for grid in grids), "u8"), dtype="u8"),
+            "cells": _column(chain.from_iterable(grid.files for grid in grids), "i4"),
         }
-        return _checked(tuple(files), dtypes, columns, key="layout index")
+        return _ensure_placed(_checked(tuple(files), dtypes, columns, key="layout index"), tensors)
     except CorruptCheckpointError as error:
         facts = error.fields()
         raise ConfigError(
@@ -240,13 +122,48 @@ def build_index(files: Sequence[str], tensors: Mapping[str, tuple[str, Sequence[
         raise ConfigError(f"Layout index: a number does not fit its column: {error}.") from error
 
 
+def _split(
+    names: Sequence[str],
+    tensors: Mapping[str, tuple[str, Sequence[int], Sequence[Chunk] | Grid]],
+    *,
+    is_compacted: bool,
+) -> tuple[dict[str, list[Chunk]], dict[str, Grid]]:
+    """Which tensors are stored as listed chunks (sorted) and which as grids."""
+    listed: dict[str, list[Chunk]] = {}
+    gridded: dict[str, Grid] = {}
+    for name in names:
+        _, shape, given = tensors[name]
+        if isinstance(given, Grid):
+            gridded[name] = given
+            continue
+        chunks = sorted(given, key=lambda chunk: (chunk.offsets, chunk.sizes))
+        parts = find_grid(shape, [(chunk.offsets, chunk.sizes) for chunk in chunks]) if is_compacted else None
+        if parts is None:
+            listed[name] = chunks
+        else:
+            gridded[name] = Grid(parts, tuple(chunk.file for chunk in chunks))
+    return listed, gridded
+
+
+def _ensure_placed(
+    index: LayoutIndex, tensors: Mapping[str, tuple[str, Sequence[int], Sequence[Chunk] | Grid]]
+) -> LayoutIndex:
+    """Pair assertion: a chunk that became a cell of a grid lies where the order of its file's data says."""
+    if len(index.columns["data_begin"]):
+        for name, (_, _, given) in tensors.items():
+            if not isinstance(given, Grid):
+                expected = sorted(given, key=lambda chunk: (chunk.offsets, chunk.sizes))
+                assert index.chunks(name) == expected, (name, index.chunks(name)[:3], expected[:3])
+    return index
+
+
 def _column(items: Iterable[int], kind: str) -> npt.NDArray[Any]:
     return np.fromiter(items, dtype=f"<{kind}")
 
 
 def encode_index(index: LayoutIndex) -> bytes:
     """The content of an index file; equal indexes give equal bytes."""
-    columns = index._columns
+    columns = index.columns
     # The header states where the columns begin, and its own length moves them: at most a few rounds until it fits.
     header, room = b"", 0
     while not header or len(header) > room:
@@ -259,9 +176,10 @@ def encode_index(index: LayoutIndex) -> bytes:
         header = dump_json(
             {
                 "tensors": len(index),
-                "chunks": index.num_chunks,
+                "chunks": len(columns["file"]),
+                "grids": len(columns["grid_ndim"]),
                 "files": list(index.files),
-                "dtypes": list(index._dtypes),
+                "dtypes": list(index.dtypes),
                 "columns": table,
             }
         )
@@ -302,8 +220,9 @@ def parse_index(data: bytes | bytearray | memoryview, *, key: str) -> LayoutInde
     columns = _read_columns(view, fields, key, end, is_newer=is_newer)
     num_tensors = fields.integer("tensors", 0, TENSORS_MAX)
     num_chunks = fields.integer("chunks", 0, CHUNKS_MAX)
-    for name in ("name_ends", "dtype", "ndim", "chunk_ends", "file", "begin"):
-        wanted = num_chunks if name in ("file", "begin") else num_tensors
+    num_grids = fields.integer("grids", 0, GRIDS_MAX)
+    for name in ("name_ends", "dtype", "ndim", "chunk_ends", "grid", "file", "begin", "grid_ndim", "cell_ends"):
+        wanted = num_chunks if name in ("file", "begin") else num_grids if name in _PER_GRID else num_tensors
         if len(columns[name]) != wanted:
             raise corrupt(key, f"column {name}", f"{wanted} items", str(len(columns[name])))
     return _checked(tuple(files), dtypes, columns, key=key)
@@ -411,15 +330,74 @@ def _checked(files: tuple[str, ...], dtypes: tuple[str, ...], columns: Columns, 
 
     item_bytes = np.array([DTYPES[dtype] for dtype in dtypes], dtype=np.int64)[columns["dtype"]]
     chunk_bytes = _check_boxes(columns, ndim, owner, item_bytes, len(files), refuse)
-    placed = _Placed(
+    parts_begins, cell_begins = _check_grids(columns, ndim, chunk_begins, len(files), key, refuse)
+    _ensure_total(columns, ndim, item_bytes, key)
+    placed = Placed(
         names=names,
+        item_bytes=item_bytes,
         shape_begins=np.concatenate([[0], np.cumsum(ndim)]).astype(np.int64),
         chunk_begins=chunk_begins,
         box_begins=box_begins,
         owner=owner,
         nbytes=chunk_bytes,
+        parts_begins=parts_begins,
+        cell_begins=cell_begins,
     )
-    return LayoutIndex(files, dtypes, columns, placed)
+    return LayoutIndex(files, dtypes, columns, placed, key=key)
+
+
+def _check_grids(
+    columns: Columns,
+    ndim: index_checks.Ints,
+    chunk_begins: index_checks.Ints,
+    num_files: int,
+    key: str,
+    refuse: index_checks.Refuse,
+) -> tuple[index_checks.Ints, index_checks.Ints]:
+    """Where the parts and the cells of each grid begin, once they are sound."""
+    grid_ndim = columns["grid_ndim"].astype(np.int64)
+    parts, cells = columns["grid_parts"], columns["cells"]
+    if (grid_ndim > DIMENSIONS_MAX).any() or int(grid_ndim.sum()) != len(parts):
+        raise corrupt(key, "column grid_ndim", f"{len(parts)} dimensions, at most {DIMENSIONS_MAX} each", "others")
+    parts_begins = np.concatenate([[0], np.cumsum(grid_ndim)]).astype(np.int64)
+    if len(cells) > CELLS_MAX:
+        raise corrupt(key, "column cells", f"at most {CELLS_MAX} items", str(len(cells)))
+    cell_begins = _begins(columns["cell_ends"], len(cells), key, "cell_ends")
+    if (parts < 1).any() or (parts > CELLS_MAX).any():
+        raise corrupt(key, "column grid_parts", f"numbers from 1 to {CELLS_MAX}", "others")
+    wanted = index_checks.volumes(parts, grid_ndim)
+    if (wanted != np.diff(cell_begins)).any():
+        raise corrupt(key, "column cell_ends", "as many cells as the parts of each grid give", "others")
+    if (cells < 0).any() or (cells >= num_files).any():
+        raise corrupt(key, "column cells", f"files below {num_files}", "others")
+    owner = np.repeat(np.arange(len(grid_ndim)), np.diff(cell_begins))
+    order = np.lexsort((cells, owner))
+    if ((cells[order][1:] == cells[order][:-1]) & (owner[order][1:] == owner[order][:-1])).any():
+        raise corrupt(key, "column cells", "each file at most once in a grid", "one twice")
+    numbers = columns["grid"].astype(np.int64)
+    place = index_checks.first((numbers < -1) | (numbers >= len(grid_ndim)))
+    if place is not None:
+        raise refuse(place, f"a grid below {len(grid_ndim)}", str(int(numbers[place])))
+    used = np.flatnonzero(numbers >= 0)
+    place = index_checks.first(grid_ndim[numbers[used]] > ndim[used])
+    if place is not None:
+        raise refuse(int(used[place]), "a grid of at most its own dimensions", "one of more")
+    place = index_checks.first(np.diff(chunk_begins)[used] > 0)
+    if place is not None:
+        raise refuse(int(used[place]), "a grid or listed chunks", "both")
+    begins = columns["data_begin"]
+    if len(begins) not in (0, num_files) or (len(used) and not len(begins)):
+        raise corrupt(key, "column data_begin", f"{num_files} items", str(len(begins)))
+    if (begins > HEADER_BYTES_MAX + LENGTH_BYTES).any():
+        raise corrupt(key, "column data_begin", f"at most {HEADER_BYTES_MAX + LENGTH_BYTES}", "a larger one")
+    return parts_begins, cell_begins
+
+
+def _ensure_total(columns: Columns, ndim: index_checks.Ints, item_bytes: index_checks.Ints, key: str) -> None:
+    """All tensors together have less than 2^62 bytes: then no sum over a file overflows."""
+    total = float((index_checks.volumes(columns["shape"], ndim) * item_bytes).sum())
+    if total >= float(index_checks.TENSOR_BYTES_LIMIT):
+        raise corrupt(key, "column shape", "less than 2^62 bytes in all tensors together", f"{total:.3g}")
 
 
 def _check_boxes(
@@ -452,5 +430,7 @@ def _check_boxes(
     else:
         keep = np.repeat(~is_empty, ndim[owner])
         index_checks.ensure_boxes_disjoint(owner[full], ndim, offsets[keep], sizes[keep], refuse)
-    index_checks.ensure_complete(owner, chunk_volumes, tensor_volumes, refuse)
+    # The cells of a grid cover their tensor by construction.
+    is_listed = columns["grid"] < 0
+    index_checks.ensure_complete(owner, chunk_volumes, np.where(is_listed, tensor_volumes, 0), refuse)
     return chunk_bytes

@@ -95,7 +95,7 @@ def index_of_counts(count: int) -> bytes:
     """An index that claims `count` chunks and has none of them."""
     header_room = 512
     table = [["names", "u1", 16 + header_room, count]]
-    header = {"tensors": count, "chunks": count, "files": [], "dtypes": [], "columns": table}
+    header = {"tensors": count, "chunks": count, "grids": 0, "files": [], "dtypes": [], "columns": table}
     text = json.dumps(header).encode().ljust(header_room)
     return forge_trailer(struct.pack("<8sHHI", b"\x89dckIDX\n", 1, 0, header_room) + text)
 
@@ -146,11 +146,13 @@ HOSTILE = {
     ),
     "index, no columns": (
         "index",
-        lambda: index_with({"tensors": 0, "chunks": 0, "files": [], "dtypes": [], "columns": []}),
+        lambda: index_with({"tensors": 0, "chunks": 0, "grids": 0, "files": [], "dtypes": [], "columns": []}),
     ),
     "index, columns of another kind": (
         "index",
-        lambda: index_with({"tensors": 0, "chunks": 0, "files": [], "dtypes": [], "columns": [None, {}, 1]}),
+        lambda: index_with(
+            {"tensors": 0, "chunks": 0, "grids": 0, "files": [], "dtypes": [], "columns": [None, {}, 1]}
+        ),
     ),
     "index, not an object": ("index", lambda: index_with([])),
     "shard, header length 2^60": ("shard", lambda: struct.pack("<Q", 2**60) + b"{}"),
@@ -294,9 +296,12 @@ def test_an_index_of_the_largest_claims_allocates_nothing_of_them():
         np.full(num * 64, 2**62, "<i8"),
         np.zeros(num, "<u8"),
         *(np.zeros(0, kind) for kind in ("<i4", "<u8", "<i8", "<i8")),
+        np.full(num, -1, "<i4"),
+        *(np.zeros(0, kind) for kind in ("<u8", "u1", "<i8", "<u8", "<i4")),
     ]
-    kinds = ["u1", "u8", "u1", "u1", "i8", "u8", "i4", "u8", "i8", "i8"]
+    kinds = ["u1", "u8", "u1", "u1", "i8", "u8", "i4", "u8", "i8", "i8", "i4", "u8", "u1", "i8", "u8", "i4"]
     labels = ["names", "name_ends", "dtype", "ndim", "shape", "chunk_ends", "file", "begin", "offsets", "sizes"]
+    labels += ["grid", "data_begin", "grid_ndim", "grid_parts", "cell_ends", "cells"]
     room = 1024
     table, tail, end = [], b"", 16 + room
     for label, kind, column in zip(labels, kinds, columns, strict=True):
@@ -304,7 +309,9 @@ def test_an_index_of_the_largest_claims_allocates_nothing_of_them():
         raw = column.tobytes()
         tail += raw.ljust((len(raw) + 7) // 8 * 8, b"\0")
         end = 16 + room + len(tail)
-    header = json.dumps({"tensors": num, "chunks": 0, "files": [], "dtypes": ["F32"], "columns": table}).encode()
+    header = json.dumps(
+        {"tensors": num, "chunks": 0, "grids": 0, "files": [], "dtypes": ["F32"], "columns": table}
+    ).encode()
     data = forge_trailer(struct.pack("<8sHHI", b"\x89dckIDX\n", 1, 0, room) + header.ljust(room) + tail)
 
     with pytest.raises(CorruptCheckpointError) as caught:

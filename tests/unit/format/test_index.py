@@ -16,7 +16,9 @@ KEY = "step-0000001200.g0007/layout-x.index"
 COLUMNS = {
     "names": "u1", "name_ends": "u8", "dtype": "u1", "ndim": "u1", "shape": "i8",
     "chunk_ends": "u8", "file": "i4", "begin": "u8", "offsets": "i8", "sizes": "i8",
+    "grid": "i4", "data_begin": "u8", "grid_ndim": "u1", "grid_parts": "i8", "cell_ends": "u8", "cells": "i4",
 }  # fmt: skip
+NO_GRIDS = {"data_begin": [], "grid_ndim": [], "grid_parts": [], "cell_ends": [], "cells": []}
 
 
 def read_as_a_stranger(data: bytes):
@@ -365,10 +367,12 @@ def columns_of(shape, parts, tensors) -> bytes:
         "begin": 4096 + np.repeat(np.arange(tensors), num) * nbytes,
         "offsets": np.tile(offsets, (tensors, 1)).reshape(-1),
         "sizes": np.tile(steps, tensors * num),
+        "grid": np.full(tensors, -1),
+        **NO_GRIDS,
     }
     files = [f"r{place}.safetensors" for place in range(num)]
     return write_as_a_stranger(
-        {"tensors": tensors, "chunks": num * tensors, "files": files, "dtypes": ["F32"]}, columns
+        {"tensors": tensors, "chunks": num * tensors, "grids": 0, "files": files, "dtypes": ["F32"]}, columns
     )
 
 
@@ -407,10 +411,11 @@ def test_hostile_boxes_are_refused_in_bounded_time(kind):
         sizes[-1] = (1, 1)
         offsets[num // 2] = offsets[num // 2 - 1]
     data = write_as_a_stranger(
-        {"tensors": 1, "chunks": num, "files": [f"r{file}.safetensors" for file in range(num)], "dtypes": ["U8"]},
+        {"tensors": 1, "chunks": num, "grids": 0, "files": [f"r{n}.safetensors" for n in range(num)], "dtypes": ["U8"]},
         {
             "names": list(b"w"), "name_ends": [1], "dtype": [0], "ndim": [2], "shape": [num, num], "chunk_ends": [num],
             "file": place, "begin": np.full(num, 4096), "offsets": offsets.reshape(-1), "sizes": sizes.reshape(-1),
+            "grid": [-1], **NO_GRIDS,
         },
     )  # fmt: skip
 

@@ -41,14 +41,16 @@ def files_of(tensors: dict[str, tuple[str, tuple[int, ...], tuple[int, ...]]], r
     names, begins, chunks = [], [], {name: [] for name in grids}
     for rank in range(ranks):
         mine[rank].append(ShardTensor(f"own.{rank}", "F64", (1,), (0,)))
-        grids[f"own.{rank}"] = ("F64", (1,), [])
+        grids[f"own.{rank}"] = ("F64", (1,), Grid((), (rank,)))
+        if rank < 2 <= ranks:  # cut 1 + 3: no grid
+            mine[rank].append(ShardTensor("odd", "I32", (1 + 2 * rank,), (rank,)))
         (plan,) = plan_shard_files(rank, mine[rank])
         for tensor, begin in zip(plan.tensors, plan.begins, strict=True):
             chunks.setdefault(tensor.name, []).append(Chunk(tensor.offsets, tensor.shape, rank, begin))
         names.append(plan.file)
         begins.append(plan.begins[0])
-    for rank in range(ranks):  # listed chunks among cells of grids, in one file
-        grids[f"own.{rank}"] = ("F64", (1,), chunks[f"own.{rank}"])
+    if ranks >= 2:  # listed chunks among cells of grids, in one file
+        grids["odd"] = ("I32", (4,), chunks["odd"])
     lists = {name: (grids[name][0], grids[name][1], found) for name, found in chunks.items()}
     return build_index(names, lists), build_index(names, grids, data_begins=begins), (names, lists, begins)
 
@@ -131,7 +133,7 @@ def a_gridded_index():
     [
         ("grid", 0, 7, "a.weight"),
         ("grid", 0, -2, "a.weight"),
-        ("grid", 2, 0, "own.0"),
+        ("grid", 2, 0, "odd"),
         ("grid_ndim", 0, 2, "column grid_ndim"),
         ("grid_ndim", 0, 65, "column grid_ndim"),
         ("grid_parts", 0, 0, "column grid_parts"),
@@ -168,7 +170,7 @@ def test_a_listed_chunk_beside_cells_must_lie_where_the_order_says():
     with pytest.raises(CorruptCheckpointError) as caught:
         index.chunks_in_file(0)
 
-    assert (caught.value.key, caught.value.field) == (KEY, "own.0")
+    assert (caught.value.key, caught.value.field) == (KEY, "odd")
 
 
 def test_one_file_cannot_hold_two_cells_of_a_grid():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from typing import Any
 
 from dckpt import failpoint
 from dckpt.blocks.workers import ByteWorkers
@@ -22,8 +21,10 @@ from dckpt.errors import (
     from_wire,
     to_wire,
 )
+from dckpt.format.index import LayoutIndex
 from dckpt.format.manifest import FileEntry
 from dckpt.format.values import dump_json, load_json
+from dckpt.planning.indexing import RankReport
 from dckpt.ranks.topology import Topology
 from dckpt.storage.base import Storage
 
@@ -66,7 +67,8 @@ class Committer:
 
     def _write_and_commit(self, job: SaveJob) -> None:
         entries, failure = self._write(job)
-        payload = dump_json([[e.path, e.size, e.digest, e.kind, e.rank] for e in entries])
+        rows = [[e.path, e.size, e.digest, e.kind, e.rank] for e in entries]
+        payload = dump_json([rows, None if job.report is None else job.report.to_json()], limit=MESSAGE_BYTES_MAX)
         if job.transaction is None:
             self._write_and_await(job, payload, failure)
             return
@@ -127,15 +129,17 @@ class Committer:
     def _seal(self, job: SaveJob, payloads: list[bytes]) -> bytes:
         """On the coordinator: compares the files with its own listing, writes index and manifest into the attempt."""
         assert job.transaction is not None
-        assert job.layout is not None
+        assert job.known is not None
         assert job.manifest is not None
-        entries = [FileEntry(*row) for payload in payloads for row in _rows(payload)]
-        _ensure_planned_sizes(job, entries)
+        found = [_report(payload) for payload in payloads]
+        entries = [entry for rank_entries, _ in found for entry in rank_entries]
+        index = job.known.index_from([report for _, report in found])
+        _ensure_planned_sizes(job, index, entries)
         with job.in_storage(), naming_rank(self._topology, job.session, "commit"):
             job.transaction.ensure_files(entries)
             # The others count the time since this rank's last beat: each of these may wait for the medium.
             job.session.beat(job.bytes_done + 1)
-            index_entry = job.transaction.write_index(job.layout.index)
+            index_entry = job.transaction.write_index(index)
             job.session.beat(job.bytes_done + 2)
             job.transaction.stage_manifest(job.manifest((*entries, index_entry)))
         return b""
@@ -227,14 +231,13 @@ def _decide_nothing(payloads: list[bytes]) -> bytes:
     raise AssertionError(f"only the coordinator decides; {len(payloads)} payloads came here")
 
 
-def _rows(payload: bytes) -> list[list[Any]]:
-    rows: list[list[Any]] = load_json(payload, key="files of a rank", limit=MESSAGE_BYTES_MAX)
-    return rows
+def _report(payload: bytes) -> tuple[list[FileEntry], RankReport | None]:
+    rows, report = load_json(payload, key="files of a rank", limit=MESSAGE_BYTES_MAX)
+    return [FileEntry(*row) for row in rows], None if report is None else RankReport.from_json(report)
 
 
-def _ensure_planned_sizes(job: SaveJob, entries: list[FileEntry]) -> None:
+def _ensure_planned_sizes(job: SaveJob, index: LayoutIndex, entries: list[FileEntry]) -> None:
     """Pair assertion: what the ranks wrote is what the coordinator laid out in the index."""
-    assert job.layout is not None
-    planned = {f"{job.attempt}/{plan.file}": plan.size for files in job.layout.files for plan in files}
+    planned = {f"{job.attempt}/{file}": size for file, size in zip(index.files, index.file_extents(), strict=True)}
     written = {entry.path: entry.size for entry in entries if entry.kind == "shard"}
     assert planned == written, (planned, written)

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 
 from dckpt.engine.job import SaveRequest
 from dckpt.engine.local_state import LocalState
-from dckpt.engine.plan import RankPlan, SaveLayout
 from dckpt.format.manifest import FileEntry, Manifest, Mesh
+from dckpt.planning.layout import Layout
+from dckpt.planning.ticket import Ticket
 from dckpt.resume.facts import collect_facts, writer_versions
 from dckpt.state.rng import classify_streams
 from dckpt.state.train_state import TrainState
@@ -17,8 +18,8 @@ from dckpt.state.train_state import TrainState
 def describe_checkpoint(
     request: SaveRequest,
     local: LocalState,
-    layout: SaveLayout,
-    plans: Sequence[RankPlan],
+    layout: Layout,
+    tickets: Sequence[Ticket],
     state: TrainState,
     *,
     run_id: str,
@@ -27,13 +28,13 @@ def describe_checkpoint(
 ) -> Callable[[tuple[FileEntry, ...]], Manifest]:
     """The manifest as a function of its files. Holds values, never live tensors: the state changes while files are written."""
     mesh = state.mesh_axes()
-    kept_by_rank = frozenset(layout.rank_values)
+    kept_by_rank = layout.rank_values
     values = {name: value for name, value in local.captured.values.items() if name not in kept_by_rank}
     parts, aliases = local.captured.parts, dict(local.captured.aliases)
-    rng = classify_streams([plan.rng for plan in plans], [plan.coordinates for plan in plans])
-    coordinates = tuple(tuple(plan.coordinates.values()) for plan in plans) if mesh else None
+    rng = classify_streams([ticket.rng for ticket in tickets], [ticket.coordinates for ticket in tickets])
+    coordinates = tuple(tuple(ticket.coordinates.values()) for ticket in tickets) if mesh else None
     created, facts, metrics = time.time(), collect_facts(state), dict(request.metrics)
-    rank_tensors, rank_values = layout.rank_tensors, layout.rank_values
+    rank_tensors, rank_values = tuple(sorted(layout.rank_tensors)), tuple(sorted(layout.rank_values))
 
     def build(files: tuple[FileEntry, ...]) -> Manifest:
         return Manifest(
@@ -43,7 +44,7 @@ def describe_checkpoint(
             generation=generation,
             attempt=attempt,
             created_unix_s=created,
-            world_size=len(plans),
+            world_size=len(tickets),
             mesh=Mesh(axes=tuple(mesh), shape=tuple(mesh.values())) if mesh else None,
             coordinates=coordinates,
             parts=parts,

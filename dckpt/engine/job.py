@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from dckpt.catalog.transaction import Transaction
+from dckpt.engine.agreement import Known
 from dckpt.engine.pending import PendingSave
-from dckpt.engine.plan import SaveLayout
 from dckpt.errors import ConfigError
 from dckpt.format.manifest import FileEntry, Manifest
 from dckpt.format.shard_file import ShardFilePlan
+from dckpt.planning.indexing import RankReport
 from dckpt.ranks.session import Session
 
 
@@ -29,7 +30,8 @@ class SaveJob:
     started_s: float
     transaction: Transaction | None = None  # the coordinator's
     manifest: Callable[[tuple[FileEntry, ...]], Manifest] | None = None
-    layout: SaveLayout | None = None
+    known: Known | None = None  # the coordinator's
+    report: RankReport | None = None  # if the coordinator asked for it
     bytes_done: int = 0
     storage_busy_since_s: float | None = (
         None  # None while it waits for other ranks: those waits have their own deadlines
@@ -67,7 +69,7 @@ class Beginning:
     session: Session | None = None
     transaction: Transaction | None = None
     manifest: Callable[[tuple[FileEntry, ...]], Manifest] | None = None
-    layout: SaveLayout | None = None
+    known: Known | None = None
     job: SaveJob | None = None
 
 

@@ -13,7 +13,6 @@ from dckpt.catalog.catalog import Catalog
 from dckpt.catalog.generations import list_generations, read_generation
 from dckpt.dcp.read import CheckpointFiles
 from dckpt.dcp.spans import plan_tensor_reads
-from dckpt.engine.plan import RNG
 from dckpt.engine.refusal import REFUSALS, encode_refusal, raise_refusals
 from dckpt.engine.rng_restore import RngPlan, plan_rng_streams
 from dckpt.engine.saved_state import SavedState
@@ -32,6 +31,7 @@ from dckpt.format.index import parse_index
 from dckpt.format.layout import MANIFEST_NAME, CheckpointId
 from dckpt.format.manifest import Manifest
 from dckpt.format.values import dump_json, load_json
+from dckpt.planning.records import RNG
 from dckpt.ranks.coordination import Coordination
 from dckpt.ranks.session import Session
 from dckpt.ranks.topology import Topology

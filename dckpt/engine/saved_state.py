@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from dckpt.dcp.read import CheckpointFiles
-from dckpt.engine.plan import RECORD_BYTES_MAX, RNG, record_name, values_record_name
 from dckpt.errors import CorruptCheckpointError
 from dckpt.format.index import LayoutIndex
 from dckpt.format.manifest import Manifest
 from dckpt.format.values import load_json
+from dckpt.planning.records import RECORD_BYTES_MAX, RNG, record_name, values_record_name
 
 # Parts whose per-rank difference has a defined answer on another number of ranks: rank 0's value, said in the report.
 CARRIED_PARTS = ("model", "ema")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from dckpt import failpoint
@@ -13,25 +13,25 @@ from dckpt.blocks.buffer import ImageBuffer
 from dckpt.catalog.prune import find_leftovers, sweep
 from dckpt.catalog.transaction import Transaction
 from dckpt.dcp.chunks import local_chunks
+from dckpt.engine.agreement import PlanAgreement, decode_layout, decode_question, encode_layout, encode_question
 from dckpt.engine.attempt import MESSAGE_BYTES_MAX, abort_attempt, as_dckpt_error, naming_rank
 from dckpt.engine.committer import Committer, unknown_outcome
 from dckpt.engine.describe import describe_checkpoint
 from dckpt.engine.job import Beginning, SaveJob, SaveRequest
 from dckpt.engine.lineage import Lineage
-from dckpt.engine.local_state import LocalState
+from dckpt.engine.local_state import LocalState, describe_state
 from dckpt.engine.pending import PendingSave
-from dckpt.engine.plan import RankPlan, WriteItem, decide_layout, plan_files
 from dckpt.engine.refusal import REFUSALS, encode_refusal, raise_refusals
 from dckpt.engine.staging import stage
 from dckpt.errors import (
-    ConfigError,
     CorruptCheckpointError,
     StorageError,
     TransientStorageError,
 )
 from dckpt.format.layout import checkpoint_name
-from dckpt.format.shard_file import ShardFilePlan
 from dckpt.format.values import dump_json, load_json
+from dckpt.planning.layout import Layout
+from dckpt.planning.ticket import Details, Ticket, ensure_same_step
 from dckpt.ranks.coordination import Coordination
 from dckpt.ranks.messages import format_ranks
 from dckpt.ranks.session import Session
@@ -59,6 +59,7 @@ class Saver:
         self._coordination = coordination
         self._topology = topology
         self._buffer = ImageBuffer()
+        self._agreement = PlanAgreement(topology)
         self.committer = Committer(storage, topology, on_commit=on_commit)
         self._saves = 0
         self.lineage = Lineage(storage)
@@ -124,7 +125,9 @@ class Saver:
             local, decision = self._agree_on_plan(state, request, session, begun)
             begun.phase = "stage"
             failpoint.reach("plan_agreed")
-            files = self._files_to_write(local, decision)
+            assert self._agreement.remembered is not None
+            plan = self._agreement.remembered
+            files = plan.files
             self.committer.workers.start()
             images = stage(local, files, self._buffer)
             pending.checkpoint = decision["checkpoint"]
@@ -139,7 +142,8 @@ class Saver:
                 started_s=started_s,
                 transaction=begun.transaction,
                 manifest=begun.manifest,
-                layout=begun.layout,
+                known=begun.known,
+                report=plan.report if decision["wants_report"] else None,
             )
             begun.job.note_storage()
             hand_over(begun.job)
@@ -175,76 +179,106 @@ class Saver:
     def _agree_on_plan(
         self, state: TrainState, request: SaveRequest, session: Session, begun: Beginning
     ) -> tuple[LocalState, dict[str, Any]]:
+        """Tickets first; the layout is decided anew, in a second exchange, only if the last one does not hold."""
         local, failure = self._capture(state, request)
-        refusal = failure if isinstance(failure, REFUSALS) else None
+        tickets: list[Ticket] = []
 
-        def decide(payloads: list[bytes]) -> bytes:
+        def on_tickets(payloads: list[bytes]) -> bytes:
+            raise_refusals(payloads)
+            tickets.extend(Ticket.decode(payload) for payload in payloads)
+            ensure_same_step(tickets)
+            if not self._agreement.is_settled(tickets):
+                return dump_json(encode_question(self._agreement.ask(tickets)))
             with naming_rank(self._topology, session, "plan"):
-                return self._decide(payloads, request, local, state, begun)
+                return self._begin(tickets, request, local, state, begun)
 
-        payload = encode_refusal(refusal) if refusal else local.plan.encode() if local is not None else b""
-        decision: dict[str, Any] = load_json(
-            session.exchange("plan", payload, decide, error=None if refusal else failure),
-            key="decision of the coordinator",
-            limit=MESSAGE_BYTES_MAX,
-        )
+        def on_details(payloads: list[bytes]) -> bytes:
+            with naming_rank(self._topology, session, "plan"):
+                layout = self._agreement.decide(tickets, [Details.decode(payload) for payload in payloads])
+                return self._begin(tickets, request, local, state, begun, layout)
+
+        answer = self._exchange_plan(session, "plan", self._ticket(state, request, local, failure), on_tickets, failure)
         assert local is not None
-        return local, decision
+        question = decode_question(answer)
+        if question is not None:
+            details = self._agreement.details(local, question).encode()
+            answer = self._exchange_plan(session, "layout", details, on_details, None)
+            self._agreement.adopt(local, decode_layout(answer["layout"]))
+        return local, answer
 
-    def _files_to_write(
-        self, local: LocalState, decision: dict[str, Any]
-    ) -> list[tuple[ShardFilePlan, list[WriteItem]]]:
-        skips = [(tensor, box) for tensor, box in decision["skips"][self._topology.rank]]
-        rank_tensors, rank_values = frozenset(decision["rank_tensors"]), frozenset(decision["rank_values"])
-        return plan_files(self._topology.rank, local.plan, skips, rank_tensors, rank_values)
+    def _exchange_plan(
+        self,
+        session: Session,
+        phase: str,
+        payload: bytes,
+        decide: Callable[[list[bytes]], bytes],
+        failure: BaseException | None,
+    ) -> dict[str, Any]:
+        # A refusal travels as a payload, so that it keeps its type on every rank.
+        error = None if isinstance(failure, REFUSALS) else failure
+        found = session.exchange(phase, payload, decide, error=error)
+        answer: dict[str, Any] = load_json(found, key="decision of the coordinator", limit=MESSAGE_BYTES_MAX)
+        return answer
+
+    def _ticket(
+        self, state: TrainState, request: SaveRequest, local: LocalState | None, failure: BaseException | None
+    ) -> bytes:
+        if isinstance(failure, REFUSALS):
+            return encode_refusal(failure)
+        if local is None:
+            return b""
+        ticket = self._agreement.ticket(local, request.step, request.micro_step, self._coordinates(state))
+        return ticket.encode()
+
+    def _coordinates(self, state: TrainState) -> dict[str, int]:
+        return state.coordinates() or {"rank": self._topology.rank}
 
     def _capture(self, state: TrainState, request: SaveRequest) -> tuple[LocalState | None, BaseException | None]:
         try:
             if request.refusal is not None:
                 raise request.refusal
             failpoint.reach("before_plan")
-            coordinates = state.coordinates() or {"rank": self._topology.rank}
-            world_size = self._topology.world_size
-            return LocalState(state.capture(), request.step, request.micro_step, coordinates, world_size), None
+            captured = state.capture()
+            return describe_state(captured, self._agreement.described, world_size=self._topology.world_size), None
         except Exception as error:  # noqa: BLE001 - it travels to all ranks, which raise it together
             return None, error
 
-    def _decide(
+    def _begin(
         self,
-        payloads: list[bytes],
+        tickets: Sequence[Ticket],
         request: SaveRequest,
         local: LocalState | None,
         state: TrainState,
         begun: Beginning,
+        layout: Layout | None = None,
     ) -> bytes:
-        """On the coordinator: from the plans of all ranks to one attempt, begun on storage."""
-        raise_refusals(payloads)
+        """On the coordinator: one attempt, begun on storage; `layout` travels if it is a new one."""
         assert local is not None
-        plans = [RankPlan.decode(payload) for payload in payloads]
-        _ensure_same_step(plans)
+        assert self._agreement.known is not None
         self._storage.ensure_root()
         is_new = self.lineage.generation is None
         generation = self.lineage.ensure_generation(self._topology.world_size)
         if is_new:
             self._sweep_leftovers()
-        layout = decide_layout(plans)
+        known = begun.known = self._agreement.known
         name = checkpoint_name(request.step, generation, request.micro_step)
         attempt = uuid.uuid4().hex
-        begun.layout = layout
         begun.manifest = describe_checkpoint(
-            request, local, layout, plans, state, run_id=self.lineage.run_id, generation=generation, attempt=attempt
+            request,
+            local,
+            known.decision.layout,
+            tickets,
+            state,
+            run_id=self.lineage.run_id,
+            generation=generation,
+            attempt=attempt,
         )
         begun.transaction = Transaction(self._storage, checkpoint=name, attempt=attempt, generation=generation)
         begun.transaction.begin()
-        return dump_json(
-            {
-                "checkpoint": name,
-                "attempt": attempt,
-                "rank_tensors": layout.rank_tensors,
-                "rank_values": layout.rank_values,
-                "skips": layout.skips,
-            }
-        )
+        answer: dict[str, Any] = {"checkpoint": name, "attempt": attempt, "wants_report": known.index is None}
+        if layout is not None:
+            answer["layout"] = encode_layout(layout)
+        return dump_json(answer)
 
     def _sweep_leftovers(self) -> None:
         """Attempts of earlier generations are fenced now: a late commit of theirs finds its directory gone."""
@@ -256,14 +290,3 @@ class Saver:
         except (StorageError, CorruptCheckpointError) as error:
             # They take space and nothing else; the save at hand does not depend on it.
             log.warning("leftovers of earlier attempts stay: %s `dckpt prune --leftovers` removes them.", error)
-
-
-def _ensure_same_step(plans: list[RankPlan]) -> None:
-    steps = {(plan.step, plan.micro_step) for plan in plans}
-    if len(steps) > 1:
-        first = (plans[0].step, plans[0].micro_step)
-        rank = next(r for r, plan in enumerate(plans) if (plan.step, plan.micro_step) != first)
-        raise ConfigError(
-            f"Save: rank 0 saves step {first[0]} (micro-step {first[1]}), rank {rank} step {plans[rank].step} (micro-step "
-            f"{plans[rank].micro_step}); expected the same on every rank. Call progress.advance() on every rank."
-        )

@@ -10,8 +10,8 @@ from dckpt import failpoint
 from dckpt.blocks.buffer import ImageBuffer
 from dckpt.dcp.chunks import LocalChunk, copy_to_bytes
 from dckpt.engine.local_state import LocalState
-from dckpt.engine.plan import WriteItem
 from dckpt.format.shard_file import ShardFilePlan
+from dckpt.planning.files import WriteItem
 
 
 def stage(
@@ -39,7 +39,8 @@ def _copy(
     target: memoryview,
 ) -> None:
     if isinstance(source, str):
-        target[:] = records[source]
+        # Spaces fill the place that is kept for a longer text; JSON ignores them.
+        target[:] = records[source].ljust(len(target))
     else:
         tensor, box = source
         copy_to_bytes(chunks[tensor][box].tensor, target)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 from torch.distributed.tensor import DTensor, Placement
@@ -108,17 +108,28 @@ def _row(item: NamedTensor, chunks: Sequence[LocalChunk], meshes: dict[MeshTable
         return row
     boxes = tuple((chunk.offsets, chunk.sizes) for chunk in chunks)
     table = MeshTable(tuple(tensor.device_mesh.shape), tuple(tensor.device_mesh.mesh.flatten().tolist()))
-    axes = _cutting_axes(tensor.placements, len(shape))
-    if axes is not None and _is_regular(shape, axes, table):
+    return cut_row(row, table, tensor.placements, tensor.device_mesh.get_coordinate(), boxes, meshes)
+
+
+def cut_row(
+    row: TensorRow,
+    table: MeshTable,
+    placements: Sequence[Placement],
+    coordinate: Sequence[int] | None,
+    boxes: tuple[Box, ...],
+    meshes: dict[MeshTable, int],
+) -> TensorRow:
+    """`row` with how it is cut over the mesh: regularly, or in the `boxes` that the rank at `coordinate` holds.
+
+    meshes: numbers of the meshes so far; a new one gets the next.
+    """
+    axes = _cutting_axes(placements, len(row.shape))
+    if axes is not None and _is_regular(row.shape, axes, table):
         cut = Cut(meshes.get(table, len(meshes)), axes)
-        if boxes == _expected_boxes(shape, cut, table, tensor.device_mesh.get_coordinate()):
+        if boxes == _expected_boxes(row.shape, cut, table, coordinate):
             meshes.setdefault(table, len(meshes))
-            return _replaced(row, cut=cut)
-    return _replaced(row, boxes=boxes)
-
-
-def _replaced(row: TensorRow, *, cut: Cut | None = None, boxes: tuple[Box, ...] | None = None) -> TensorRow:
-    return TensorRow(row.name, row.dtype, row.shape, row.is_checked, row.is_frozen, cut, boxes)
+            return replace(row, cut=cut)
+    return replace(row, boxes=boxes)
 
 
 def _cutting_axes(placements: Sequence[Placement], dimensions: int) -> tuple[tuple[int, ...], ...] | None:

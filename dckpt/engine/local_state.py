@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
@@ -15,7 +14,7 @@ from dckpt.format.grids import cell_box
 from dckpt.format.values import dump_json
 from dckpt.planning.layout import Values
 from dckpt.planning.records import RECORD_BYTES_MAX, RNG
-from dckpt.planning.structure import Box, Cut, Meshes, MeshTable, Structure, TensorRow, grid_parts
+from dckpt.planning.structure import Box, Cut, Meshes, MeshTable, Structure, TensorRow, grid_levels
 from dckpt.state.naming import DTYPE_NAMES
 from dckpt.state.records import Captured, NamedTensor
 from dckpt.state.rng import stream_digest
@@ -124,7 +123,7 @@ def cut_row(
     meshes: numbers of the meshes so far; a new one gets the next.
     """
     axes = _cutting_axes(placements, len(row.shape))
-    if axes is not None and _is_regular(row.shape, axes, table):
+    if axes is not None:
         cut = Cut(meshes.get(table, len(meshes)), axes)
         if boxes == _expected_boxes(row.shape, cut, table, coordinate):
             meshes.setdefault(table, len(meshes))
@@ -154,14 +153,6 @@ def _cutting_axes(placements: Sequence[Placement], dimensions: int) -> tuple[tup
     return tuple(found)
 
 
-def _is_regular(shape: Sequence[int], axes: Sequence[Sequence[int]], table: MeshTable) -> bool:
-    """Parts of equal length: always so with one cut along a dimension; cuts of cuts only where they come out even."""
-    return all(
-        len(cutting) <= 1 or size % math.prod(table.shape[axis] for axis in cutting) == 0
-        for size, cutting in zip(shape, axes, strict=False)
-    )
-
-
 def _expected_boxes(
     shape: tuple[int, ...], cut: Cut, table: MeshTable, coordinate: Sequence[int] | None
 ) -> tuple[Box, ...]:
@@ -173,6 +164,6 @@ def _expected_boxes(
         for axis in axes:
             at = at * table.shape[axis] + coordinate[axis]
         place.append(at)
-    parts = grid_parts(cut, table)
-    box = cell_box(shape, parts, place[: len(parts)])
+    levels = grid_levels(cut, table)
+    box = cell_box(shape, levels, place[: len(levels)])
     return () if 0 in box[1] else (box,)

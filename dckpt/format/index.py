@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, pairwise
@@ -14,7 +15,7 @@ import xxhash
 from dckpt.errors import ConfigError, CorruptCheckpointError, FormatVersionError
 from dckpt.format import index_checks
 from dckpt.format.fields import Fields
-from dckpt.format.grids import Grid, find_grid
+from dckpt.format.grids import Grid, Levels, find_grid, parts_of
 from dckpt.format.layout import FILE_BYTES_MAX, SHARD_SUFFIX, ensure_safe_path, is_tensor_name
 from dckpt.format.layout_index import Chunk, Columns, LayoutIndex, Placed, TensorMeta
 from dckpt.format.refusal import corrupt, shown
@@ -30,6 +31,7 @@ CHUNKS_MAX = 2**24
 INDEX_FILES_MAX = 2**20
 GRIDS_MAX = 2**20
 CELLS_MAX = 2**24
+LEVELS_MAX = 16
 
 _MAGIC = b"\x89dckIDX\n"
 _MAJOR, _MINOR = 1, 0
@@ -49,6 +51,7 @@ _COLUMN_TYPES = {
     "grid": "i4",
     "data_begin": "u8",
     "grid_ndim": "u1",
+    "grid_levels": "u1",
     "grid_parts": "i8",
     "cell_ends": "u8",
     "cells": "i4",
@@ -106,8 +109,9 @@ def build_index(
             "sizes": _column(chain.from_iterable(chunk.sizes for chunk in flat), "i8"),
             "grid": _column((grid_numbers[gridded[name]] if name in gridded else -1 for name in names), "i4"),
             "data_begin": _column(data_begins or (), "u8"),
-            "grid_ndim": _column((len(grid.parts) for grid in grids), "u1"),
-            "grid_parts": _column(chain.from_iterable(grid.parts for grid in grids), "i8"),
+            "grid_ndim": _column((len(grid.levels) for grid in grids), "u1"),
+            "grid_levels": _column((len(counts) for grid in grids for counts in grid.levels), "u1"),
+            "grid_parts": _column((count for grid in grids for counts in grid.levels for count in counts), "i8"),
             "cell_ends": np.cumsum(_column((len(grid.files) for grid in grids), "u8"), dtype="u8"),
             "cells": _column(chain.from_iterable(grid.files for grid in grids), "i4"),
         }
@@ -137,11 +141,11 @@ def _split(
             gridded[name] = given
             continue
         chunks = sorted(given, key=lambda chunk: (chunk.offsets, chunk.sizes))
-        parts = find_grid(shape, [(chunk.offsets, chunk.sizes) for chunk in chunks]) if is_compacted else None
-        if parts is None:
+        levels = find_grid(shape, [(chunk.offsets, chunk.sizes) for chunk in chunks]) if is_compacted else None
+        if levels is None:
             listed[name] = chunks
         else:
-            gridded[name] = Grid(parts, tuple(chunk.file for chunk in chunks))
+            gridded[name] = Grid(levels, tuple(chunk.file for chunk in chunks))
     return listed, gridded
 
 
@@ -330,7 +334,7 @@ def _checked(files: tuple[str, ...], dtypes: tuple[str, ...], columns: Columns, 
 
     item_bytes = np.array([DTYPES[dtype] for dtype in dtypes], dtype=np.int64)[columns["dtype"]]
     chunk_bytes = _check_boxes(columns, ndim, owner, item_bytes, len(files), refuse)
-    parts_begins, cell_begins = _check_grids(columns, ndim, chunk_begins, len(files), key, refuse)
+    grid_levels, cell_begins = _check_grids(columns, ndim, chunk_begins, len(files), key, refuse)
     _ensure_total(columns, ndim, item_bytes, key)
     placed = Placed(
         names=names,
@@ -340,7 +344,7 @@ def _checked(files: tuple[str, ...], dtypes: tuple[str, ...], columns: Columns, 
         box_begins=box_begins,
         owner=owner,
         nbytes=chunk_bytes,
-        parts_begins=parts_begins,
+        grid_levels=grid_levels,
         cell_begins=cell_begins,
     )
     return LayoutIndex(files, dtypes, columns, placed, key=key)
@@ -353,21 +357,17 @@ def _check_grids(
     num_files: int,
     key: str,
     refuse: index_checks.Refuse,
-) -> tuple[index_checks.Ints, index_checks.Ints]:
-    """Where the parts and the cells of each grid begin, once they are sound."""
-    grid_ndim = columns["grid_ndim"].astype(np.int64)
-    parts, cells = columns["grid_parts"], columns["cells"]
-    if (grid_ndim > DIMENSIONS_MAX).any() or int(grid_ndim.sum()) != len(parts):
-        raise corrupt(key, "column grid_ndim", f"{len(parts)} dimensions, at most {DIMENSIONS_MAX} each", "others")
-    parts_begins = np.concatenate([[0], np.cumsum(grid_ndim)]).astype(np.int64)
+) -> tuple[tuple[tuple[Levels, ...], ...], index_checks.Ints]:
+    """The levels of each grid and where its cells begin, once they are sound."""
+    cells = columns["cells"]
     if len(cells) > CELLS_MAX:
         raise corrupt(key, "column cells", f"at most {CELLS_MAX} items", str(len(cells)))
     cell_begins = _begins(columns["cell_ends"], len(cells), key, "cell_ends")
-    if (parts < 1).any() or (parts > CELLS_MAX).any():
-        raise corrupt(key, "column grid_parts", f"numbers from 1 to {CELLS_MAX}", "others")
-    wanted = index_checks.volumes(parts, grid_ndim)
-    if (wanted != np.diff(cell_begins)).any():
+    grid_levels = _read_levels(columns, key)
+    counts = [math.prod(parts_of(levels)) for levels in grid_levels]
+    if counts != np.diff(cell_begins).tolist():
         raise corrupt(key, "column cell_ends", "as many cells as the parts of each grid give", "others")
+    grid_ndim = columns["grid_ndim"].astype(np.int64)
     if (cells < 0).any() or (cells >= num_files).any():
         raise corrupt(key, "column cells", f"files below {num_files}", "others")
     owner = np.repeat(np.arange(len(grid_ndim)), np.diff(cell_begins))
@@ -390,7 +390,22 @@ def _check_grids(
         raise corrupt(key, "column data_begin", f"{num_files} items", str(len(begins)))
     if (begins > HEADER_BYTES_MAX + LENGTH_BYTES).any():
         raise corrupt(key, "column data_begin", f"at most {HEADER_BYTES_MAX + LENGTH_BYTES}", "a larger one")
-    return parts_begins, cell_begins
+    return grid_levels, cell_begins
+
+
+def _read_levels(columns: Columns, key: str) -> tuple[tuple[Levels, ...], ...]:
+    ndim, depth, parts = columns["grid_ndim"], columns["grid_levels"], columns["grid_parts"]
+    if (ndim > DIMENSIONS_MAX).any() or int(ndim.astype(np.int64).sum()) != len(depth):
+        raise corrupt(key, "column grid_ndim", f"{len(depth)} dimensions, at most {DIMENSIONS_MAX} each", "others")
+    if (depth > LEVELS_MAX).any() or int(depth.astype(np.int64).sum()) != len(parts):
+        raise corrupt(key, "column grid_levels", f"{len(parts)} levels, at most {LEVELS_MAX} a dimension", "others")
+    if (parts < 2).any() or (parts > CELLS_MAX).any():
+        raise corrupt(key, "column grid_parts", f"numbers from 2 to {CELLS_MAX}", "others")
+    counts, depths = iter(parts.tolist()), iter(depth.tolist())
+    return tuple(
+        tuple(tuple(next(counts) for _ in range(next(depths))) for _ in range(dimensions))
+        for dimensions in ndim.tolist()
+    )
 
 
 def _ensure_total(columns: Columns, ndim: index_checks.Ints, item_bytes: index_checks.Ints, key: str) -> None:

@@ -60,7 +60,7 @@ class Placed:
     box_begins: index_checks.Ints
     owner: index_checks.Ints
     nbytes: index_checks.Ints
-    parts_begins: index_checks.Ints
+    grid_levels: tuple[tuple[grids.Levels, ...], ...]
     cell_begins: index_checks.Ints
 
 
@@ -96,6 +96,7 @@ class LayoutIndex:
         self._names = placed.names
         self._key = key
         self._tables: dict[int, _FileTable] = {}
+        self._known_totals: tuple[list[int], int] | None = None
         self._by_file: _ByFile | None = None
 
     def __len__(self) -> int:
@@ -115,17 +116,7 @@ class LayoutIndex:
     @property
     def num_chunks(self) -> int:
         """Chunks of all tensors: the listed ones, and the cells of grids that are not empty."""
-        listed = len(self.columns["file"])
-        total = 0
-        for grid, rows in self._rows_by_grid():
-            heads, tails = self._heads_and_tails(rows, self._parts(grid))
-            counts = np.minimum(tails, 1)
-            for dimension, parts in enumerate(self._parts(grid)):
-                size = heads[:, dimension]
-                length = np.maximum(-(-size // parts), 1)
-                counts *= -(-size // length)
-            total += int(counts.sum())
-        return listed + total
+        return len(self.columns["file"]) + self._totals()[1]
 
     def names(self) -> tuple[str, ...]:
         """All tensor names, ascending."""
@@ -181,19 +172,16 @@ class LayoutIndex:
 
     # -- grids ---------------------------------------------------------------------------------------------------------
 
-    def _parts(self, grid: int) -> tuple[int, ...]:
-        begin, end = self._placed.parts_begins[grid : grid + 2].tolist()
-        return tuple(self.columns["grid_parts"][begin:end].tolist())
-
     def _cells(self, row: int, shape: Sequence[int], offsets: Sequence[int], sizes: Sequence[int]) -> list[Chunk]:
         if 0 in shape or min(sizes, default=1) <= 0:
             return []
         grid = int(self.columns["grid"][row])
-        parts, first = self._parts(grid), int(self._placed.cell_begins[grid])
+        levels, first = self._placed.grid_levels[grid], int(self._placed.cell_begins[grid])
+        parts = grids.parts_of(levels)
         found = []
-        for place in grids.cells_overlapping(shape, parts, offsets, sizes):
+        for place in grids.cells_overlapping(shape, levels, offsets, sizes):
             file = int(self.columns["cells"][first + grids.cell_number(parts, place)])
-            box = grids.cell_box(shape, parts, place)
+            box = grids.cell_box(shape, levels, place)
             found.append(Chunk(*box, file=file, begin=self._table(file).begin_of(row)))
         return found
 
@@ -205,16 +193,14 @@ class LayoutIndex:
         for grid in np.unique(ordered[ordered >= 0]).tolist():
             yield grid, order[np.searchsorted(ordered, grid, "left") : np.searchsorted(ordered, grid, "right")]
 
-    def _heads_and_tails(
-        self, rows: index_checks.Ints, parts: Sequence[int]
-    ) -> tuple[index_checks.Ints, index_checks.Ints]:
-        """Of these tensors the first len(parts) dimensions, and the product of the others."""
+    def _heads_and_tails(self, rows: index_checks.Ints, dimensions: int) -> tuple[index_checks.Ints, index_checks.Ints]:
+        """Of these tensors the first `dimensions`, and the product of the others."""
         begins = self._placed.shape_begins[rows]
         ends = self._placed.shape_begins[rows + 1]
         shapes = self.columns["shape"]
-        heads = shapes[begins[:, None] + np.arange(len(parts))[None, :]].reshape(len(rows), len(parts))
+        heads = shapes[begins[:, None] + np.arange(dimensions)[None, :]].reshape(len(rows), dimensions)
         tails = np.ones(len(rows), dtype=np.int64)
-        for dimension in range(len(parts), int((ends - begins).max(initial=0))):
+        for dimension in range(dimensions, int((ends - begins).max(initial=0))):
             has = np.flatnonzero(ends - begins > dimension)
             tails[has] *= shapes[begins[has] + dimension]
         return heads, tails
@@ -238,9 +224,9 @@ class LayoutIndex:
         nbytes = [placed.nbytes[listed]]
         for grid, number in by_file.cells(file):
             members = by_file.members[grid]
-            parts = self._parts(grid)
-            heads, tails = self._heads_and_tails(members, parts)
-            volumes = grids.cell_volumes(heads, tails, parts, grids.cell_place(parts, number))
+            levels = placed.grid_levels[grid]
+            heads, tails = self._heads_and_tails(members, len(levels))
+            volumes = grids.cell_volumes(heads, tails, levels, grids.cell_place(grids.parts_of(levels), number))
             has = np.flatnonzero(volumes)
             rows.append(members[has])
             nbytes.append(volumes[has] * placed.item_bytes[members[has]])
@@ -280,24 +266,34 @@ class LayoutIndex:
 
     def file_extents(self) -> list[int]:
         """`file_extent` of every file, without a table for each."""
-        num_files = len(self.files)
-        in_grids = np.zeros(num_files, dtype=np.int64)
+        return self._totals()[0]
+
+    def _totals(self) -> tuple[list[int], int]:
+        """The extent of each file, and the number of chunks in grids; worked out once."""
+        if self._known_totals is None:
+            self._known_totals = self._sum_up()
+        return self._known_totals
+
+    def _sum_up(self) -> tuple[list[int], int]:
+        in_grids = np.zeros(len(self.files), dtype=np.int64)
+        num_chunks = 0
         for grid, rows in self._rows_by_grid():
-            parts = self._parts(grid)
-            heads, tails = self._heads_and_tails(rows, parts)
-            totals = grids.grid_totals(heads, tails, self._placed.item_bytes[rows], parts)
+            levels = self._placed.grid_levels[grid]
+            heads, tails = self._heads_and_tails(rows, len(levels))
+            totals, count = grids.grid_totals(heads, tails, self._placed.item_bytes[rows], levels)
             begin, end = self._placed.cell_begins[grid : grid + 2].tolist()
             np.add.at(in_grids, self.columns["cells"][begin:end], totals)
+            num_chunks += int(count[0])
         listed = np.flatnonzero(self.columns["file"] >= 0)
         files = self.columns["file"][listed]
-        stops = np.zeros(num_files, dtype=np.int64)
+        stops = np.zeros(len(self.files), dtype=np.int64)
         np.maximum.at(stops, files, self.columns["begin"][listed].astype(np.int64) + self._placed.nbytes[listed])
         sums = in_grids.copy()
         np.add.at(sums, files, self._placed.nbytes[listed])
         if len(self.columns["data_begin"]):
             by_order = self.columns["data_begin"].astype(np.int64) + sums
             stops = np.where(in_grids > 0, by_order, stops)
-        return [int(stop) for stop in stops]
+        return [int(stop) for stop in stops], num_chunks
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -55,9 +55,10 @@ def _write_items(
 ) -> list[WriteItem]:
     items = []
     skips = layout.skips.get(rank, frozenset())
+    others = layout.others_columns(rank)
     for number, row in enumerate(structure.rows):
         is_record = row.name in layout.rank_tensors
-        if not is_record and not layout.writes(rank, row.name):
+        if not is_record and layout.column_of.get(row.name) in others:
             continue
         name = record_name(rank, row.name) if is_record else row.name
         for place, (offsets, sizes) in enumerate(boxes[number]):

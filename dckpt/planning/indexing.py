@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from dckpt.errors import PeerFailedError
+from dckpt.format.grids import Levels
 from dckpt.format.index import Chunk, Grid, LayoutIndex, build_index
 from dckpt.format.shard_file import ShardFilePlan
 from dckpt.planning.files import FilePlans
@@ -73,6 +74,15 @@ def index_of(decision: Decision, reports: Sequence[RankReport], capacities: Sequ
 
     Raises `PeerFailedError` if what a rank reports cannot be what the decision made it write.
     """
+    index = lay_index(decision, reports, capacities)
+    _ensure_planned(index, reports)
+    return index
+
+
+def lay_index(
+    decision: Decision, reports: Sequence[RankReport], capacities: Sequence[Mapping[str, int]]
+) -> LayoutIndex:
+    """As `index_of`, without comparing sizes."""
     names = [file.name for report in reports for file in report.files]
     data_begins = [file.data_begin for report in reports for file in report.files]
     firsts = [0]
@@ -80,14 +90,14 @@ def index_of(decision: Decision, reports: Sequence[RankReport], capacities: Sequ
         firsts.append(firsts[-1] + len(report.files))
     homes = _Homes(reports, firsts)
     tensors: Tensors = {}
-    cells: dict[tuple[int, tuple[int, ...], bool], Grid] = {}
+    cells: dict[tuple[int, tuple[Levels, ...], bool], Grid] = {}
     for name, place in decision.grids.items():
         row = decision.tensors[name]
-        key = (id(place.writers), place.parts, row.is_frozen)
+        key = (id(place.writers), place.levels, row.is_frozen)
         grid = cells.get(key)
         if grid is None:
             files = tuple(homes.file(rank, is_separate=row.is_frozen) for rank in place.writers)
-            grid = cells[key] = Grid(place.parts, files)
+            grid = cells[key] = Grid(place.levels, files)
         tensors[name] = (row.dtype, row.shape, grid)
     for name, found in decision.records.items():
         for ranks, row in found:
@@ -108,9 +118,7 @@ def index_of(decision: Decision, reports: Sequence[RankReport], capacities: Sequ
     for name, found_chunks in chunks.items():
         row = decision.tensors[name]
         tensors[name] = (row.dtype, row.shape, found_chunks)
-    index = build_index(names, tensors, data_begins=data_begins)
-    _ensure_planned(index, reports)
-    return index
+    return build_index(names, tensors, data_begins=data_begins)
 
 
 class _Homes:

@@ -11,6 +11,7 @@ import numpy as np
 
 from dckpt.errors import ConfigError
 from dckpt.format.checksum import digest_bytes
+from dckpt.format.grids import Levels
 from dckpt.format.values import dump_json, load_json
 from dckpt.planning.records import RNG
 from dckpt.planning.structure import BLOB_BYTES_MAX, Box, Cut, RankClass, Ranks, TensorRow
@@ -41,10 +42,9 @@ class Layout:
     blob: bytes = b""
     key: str = ""
 
-    def writes(self, rank: int, name: str) -> bool:
-        """Whether `rank` writes its piece of the tensor `name`, as far as columns say."""
-        column = self.column_of.get(name)
-        return column is None or rank in self.columns[column]
+    def others_columns(self, rank: int) -> frozenset[int]:
+        """Numbers of the columns in which `rank` is not: others write those tensors."""
+        return frozenset(number for number, ranks in enumerate(self.columns) if rank not in ranks)
 
     def encoded(self) -> Layout:
         """With the bytes that travel, and their digest as the layout's name."""
@@ -89,7 +89,7 @@ NO_LAYOUT = Layout(frozenset(), frozenset(), (), {}, {}, frozenset(), ())
 class GridPlace:
     """Where a regularly cut or whole tensor goes: `writers` of the cells, row-major."""
 
-    parts: tuple[int, ...]
+    levels: tuple[Levels, ...]
     writers: tuple[int, ...]
 
 
@@ -132,7 +132,7 @@ def decide_layout(
     decision = Decision()
     writers = _Writers(len(values))
     irregular: dict[str, list[_Piece]] = {}
-    shared: list[tuple[int, str, tuple[int, ...], Ranks]] = []
+    shared: list[tuple[int, str, tuple[Levels, ...], Ranks]] = []
     for name, found in pieces.items():
         row = found[0].row
         decision.tensors[name] = row
@@ -143,19 +143,19 @@ def decide_layout(
         if regular is None:
             irregular[name] = found
             continue
-        parts, holders = regular
+        levels, holders = regular
         cell_bytes = -(-row.nbytes // len(holders))
         if holders.shape[1] == 1:
             writers.load[holders[:, 0]] += cell_bytes
-            decision.grids[name] = GridPlace(parts, writers.as_tuple(holders[:, 0]))
+            decision.grids[name] = GridPlace(levels, writers.as_tuple(holders[:, 0]))
         else:
-            shared.append((-cell_bytes, name, parts, holders))
+            shared.append((-cell_bytes, name, levels, holders))
     skips = _assign_boxes(irregular, writers)
     columns: dict[tuple[int, ...], int] = {}
     column_of: dict[str, int] = {}
-    for minus_bytes, name, parts, holders in sorted(shared, key=lambda item: item[:2]):
+    for minus_bytes, name, levels, holders in sorted(shared, key=lambda item: item[:2]):
         column = writers.choose(holders, -minus_bytes)
-        decision.grids[name] = GridPlace(parts, column)
+        decision.grids[name] = GridPlace(levels, column)
         column_of[name] = columns.setdefault(column, len(columns))
     decision.layout = Layout(
         rank_tensors=rank_tensors,
@@ -194,8 +194,8 @@ class _Writers:
         return self.as_tuple(column)
 
 
-def _regular(found: Sequence[_Piece]) -> tuple[tuple[int, ...], Ranks] | None:
-    """(parts, holders of each cell by replica) if every class cuts the tensor into the same grid; else None."""
+def _regular(found: Sequence[_Piece]) -> tuple[tuple[Levels, ...], Ranks] | None:
+    """(levels, holders of each cell by replica) if every class cuts the tensor into the same grid; else None."""
     if any(piece.row.boxes is not None for piece in found):
         return None
     if all(piece.row.cut is None for piece in found):
@@ -204,8 +204,8 @@ def _regular(found: Sequence[_Piece]) -> tuple[tuple[int, ...], Ranks] | None:
     cuts: list[tuple[_Piece, Cut]] = [(piece, piece.row.cut) for piece in found if piece.row.cut is not None]
     if len(cuts) != len(found):
         return None
-    parts = {piece.ranks.parts(cut) for piece, cut in cuts}
-    if len(parts) != 1:
+    levels = {piece.ranks.levels(cut) for piece, cut in cuts}
+    if len(levels) != 1:
         return None
     tables = []
     seen: set[tuple[Any, Any]] = set()
@@ -218,7 +218,7 @@ def _regular(found: Sequence[_Piece]) -> tuple[tuple[int, ...], Ranks] | None:
     expected = np.array(sorted(rank for piece in found for rank in piece.ranks.ranks), dtype=np.int64)
     if holders.size != len(expected) or not np.array_equal(np.sort(holders, axis=None), expected):
         return None  # a rank of the mesh lacks the tensor, or stands in two meshes
-    return parts.pop(), holders
+    return levels.pop(), holders
 
 
 def _assign_boxes(

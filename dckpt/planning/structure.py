@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dckpt.format.checksum import digest_bytes
-from dckpt.format.grids import cell_box, cell_place
+from dckpt.format.grids import Levels, cell_box, cell_place, parts_of
 from dckpt.format.shard_file import DTYPES
 from dckpt.format.values import dump_json, load_json
 
@@ -28,7 +28,7 @@ BLOB_BYTES_MAX = 2**31
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """Regular sharding: the axes of mesh number `mesh` that cut each of the first dimensions, the major one first."""
+    """Regular sharding: the axes of mesh number `mesh` that cut each of the first dimensions, the first cut first."""
 
     mesh: int
     axes: tuple[tuple[int, ...], ...]
@@ -134,9 +134,9 @@ class RankClass:
             found = self._holders[cut] = places.transpose(cutting + others).reshape(cells, -1)
         return found
 
-    def parts(self, cut: Cut) -> tuple[int, ...]:
-        """How many parts there are along each of the first dimensions."""
-        return grid_parts(cut, self.meshes.tables[cut.mesh])
+    def levels(self, cut: Cut) -> tuple[Levels, ...]:
+        """How each of the first dimensions is cut."""
+        return grid_levels(cut, self.meshes.tables[cut.mesh])
 
     def boxes_of(self, row: TensorRow, rank: int) -> list[Box]:
         """The boxes of a tensor that `rank` holds; none if it holds nothing of it."""
@@ -147,17 +147,17 @@ class RankClass:
         found = np.flatnonzero((self.holders(row.cut) == rank).any(axis=1))
         if not len(found):
             return []
-        parts = self.parts(row.cut)
-        box = cell_box(row.shape, parts, cell_place(parts, int(found[0])))
+        levels = self.levels(row.cut)
+        box = cell_box(row.shape, levels, cell_place(parts_of(levels), int(found[0])))
         return [] if 0 in box[1] else [box]
 
 
-def grid_parts(cut: Cut, table: MeshTable) -> tuple[int, ...]:
-    """Parts along each dimension that the cut names, without trailing ones."""
-    parts = tuple(math.prod(table.shape[axis] for axis in axes) for axes in cut.axes)
-    while parts and parts[-1] == 1:
-        parts = parts[:-1]
-    return parts
+def grid_levels(cut: Cut, table: MeshTable) -> tuple[Levels, ...]:
+    """The levels of each dimension that the cut names; axes of one rank cut nothing."""
+    levels = tuple(tuple(table.shape[axis] for axis in axes if table.shape[axis] > 1) for axes in cut.axes)
+    while levels and not levels[-1]:
+        levels = levels[:-1]
+    return levels
 
 
 def _row_to_json(row: TensorRow) -> list[Any]:

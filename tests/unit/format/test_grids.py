@@ -1,19 +1,27 @@
 """Tensors whose chunks are the cells of a grid: the same answers as a list of chunks, in a few numbers."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dckpt.errors import ConfigError, CorruptCheckpointError
-from dckpt.format.grids import cell_box, cell_place, find_grid
+from dckpt.format.grids import cell_box, cell_place, find_grid, parts_of
 from dckpt.format.index import Chunk, Grid, build_index, encode_index, parse_index
 from dckpt.format.shard_file import DTYPES, ShardTensor, plan_shard_files
 from tests.unit.format.test_index import read_as_a_stranger, write_as_a_stranger
 
 KEY = "step-0000001200.g0007/layout-x.index"
+
+
+def levels_of(parts) -> tuple[tuple[int, ...], ...]:
+    """Numbers of parts, or levels, along each dimension as levels; one part is no cut."""
+    found = [(count,) if isinstance(count, int) else tuple(count) for count in parts]
+    return tuple(tuple(number for number in counts if number > 1) for counts in found)
 
 
 def torch_chunk_boxes(size: int, parts: int) -> list[tuple[int, int]]:
@@ -27,14 +35,16 @@ def files_of(tensors: dict[str, tuple[str, tuple[int, ...], tuple[int, ...]]], r
     mine: list[list[ShardTensor]] = [[] for _ in range(ranks)]
     grids = {}
     for name, (dtype, shape, parts) in tensors.items():
+        levels = levels_of(parts)
+        parts = parts_of(levels)
         cells = np.prod(parts, dtype=int)
         writers = [(hash(name) + cell) % ranks for cell in range(cells)] if cells <= ranks else None
         assert writers is not None
         for cell, writer in enumerate(writers):
-            offsets, sizes = cell_box(shape, parts, cell_place(parts, cell))
+            offsets, sizes = cell_box(shape, levels, cell_place(parts, cell))
             if 0 not in sizes:
                 mine[writer].append(ShardTensor(name, dtype, sizes, offsets))
-        grids[name] = (dtype, shape, Grid(parts, tuple(writers)))
+        grids[name] = (dtype, shape, Grid(levels, tuple(writers)))
     for rank in range(records):
         mine[rank].append(ShardTensor(f"rank.{rank}.values.rng", "U8", (7 + rank,), (0,)))
         grids[f"rank.{rank}.values.rng"] = ("U8", (7 + rank,), Grid((), (rank,)))
@@ -63,7 +73,9 @@ def layouts(draw):
         shape = tuple(draw(st.lists(st.integers(0, 9), max_size=3)))
         dtype = draw(st.sampled_from(sorted(DTYPES)))
         axis = draw(st.integers(0, max(0, len(shape) - 1)))
-        parts = (*(1,) * axis, draw(st.integers(1, ranks))) if shape else ()
+        count = draw(st.integers(1, ranks))
+        nested = [(first, count // first) for first in range(1, count + 1) if count % first == 0]
+        parts = (*(1,) * axis, draw(st.sampled_from([count, *nested]))) if shape else ()
         tensors[f"t{number}"] = (dtype, shape, parts)
     return tensors, ranks, draw(st.integers(0, ranks))
 
@@ -96,14 +108,27 @@ def boxes_within(shape):
         yield tuple(offset for offset, _ in box), tuple(size for _, size in box)
 
 
+@pytest.mark.parametrize("size", [0, 1, 5, 16, 31, 128])
+@pytest.mark.parametrize("counts", [(2, 3), (3, 2), (2, 2, 2), (8, 4)])
+def test_parts_of_parts_are_cut_by_their_own_length(size, counts):
+    """Against torch.chunk of torch.chunk, which gives fewer pieces instead of empty ones."""
+    pieces = [torch.arange(size)]
+    for count in counts:
+        pieces = [part for piece in pieces for part in (*torch.chunk(piece, count), *[piece[:0]] * count)[:count]]
+    boxes = [cell_box((size,), (counts,), (place,)) for place in range(math.prod(counts))]
+
+    assert [length for _, (length,) in boxes] == [len(piece) for piece in pieces]
+    assert [offset for (offset,), (length,) in boxes if length] == [int(piece[0]) for piece in pieces if len(piece)]
+
+
 @pytest.mark.parametrize("size", range(13))
 @pytest.mark.parametrize("parts", range(1, 9))
 def test_a_cell_is_what_torch_chunk_gives(size, parts):
-    boxes = [cell_box((size, 3), (parts,), (place,)) for place in range(parts)]
+    boxes = [cell_box((size, 3), ((parts,),), (place,)) for place in range(parts)]
 
     assert boxes == [((offset, 0), (length, 3)) for offset, length in torch_chunk_boxes(size, parts)]
     full = [box for box in boxes if box[1][0]]
-    assert find_grid((size, 3), full) == (None if size == 0 else (len(full),) if len(full) > 1 else ())
+    assert find_grid((size, 3), full) == (None if size == 0 else ((len(full),),) if len(full) > 1 else ())
 
 
 def test_a_large_regular_layout_takes_a_few_bytes_a_rank():
@@ -112,7 +137,7 @@ def test_a_large_regular_layout_takes_a_few_bytes_a_rank():
     tensors = {f"layer.{n}.weight": ("BF16", (8192, 64), (ranks,)) for n in range(300)}
     index = build_index(
         [f"rank{rank:05d}.safetensors" for rank in range(ranks)],
-        {name: (dtype, shape, Grid(parts, tuple(range(ranks)))) for name, (dtype, shape, parts) in tensors.items()},
+        {name: (dtype, shape, Grid((parts,), tuple(range(ranks)))) for name, (dtype, shape, parts) in tensors.items()},
         data_begins=[8192] * ranks,
     )
 
@@ -137,6 +162,9 @@ def a_gridded_index():
         ("grid_ndim", 0, 2, "column grid_ndim"),
         ("grid_ndim", 0, 65, "column grid_ndim"),
         ("grid_parts", 0, 0, "column grid_parts"),
+        ("grid_levels", 0, 2, "column grid_levels"),
+        ("grid_levels", 0, 17, "column grid_levels"),
+        ("grid_parts", 0, 1, "column grid_parts"),
         ("grid_parts", 0, 3, "column cell_ends"),
         ("grid_parts", 0, 2**40, "column grid_parts"),
         ("cell_ends", 0, 3, "column cell_ends"),
@@ -175,4 +203,4 @@ def test_a_listed_chunk_beside_cells_must_lie_where_the_order_says():
 
 def test_one_file_cannot_hold_two_cells_of_a_grid():
     with pytest.raises(ConfigError, match="each file at most once"):
-        build_index(["a.safetensors"], {"w": ("F32", (4,), Grid((2,), (0, 0)))}, data_begins=[4096])
+        build_index(["a.safetensors"], {"w": ("F32", (4,), Grid(((2,),), (0, 0)))}, data_begins=[4096])

@@ -297,11 +297,11 @@ def test_an_index_of_the_largest_claims_allocates_nothing_of_them():
         np.zeros(num, "<u8"),
         *(np.zeros(0, kind) for kind in ("<i4", "<u8", "<i8", "<i8")),
         np.full(num, -1, "<i4"),
-        *(np.zeros(0, kind) for kind in ("<u8", "u1", "<i8", "<u8", "<i4")),
+        *(np.zeros(0, kind) for kind in ("<u8", "u1", "u1", "<i8", "<u8", "<i4")),
     ]
-    kinds = ["u1", "u8", "u1", "u1", "i8", "u8", "i4", "u8", "i8", "i8", "i4", "u8", "u1", "i8", "u8", "i4"]
+    kinds = ["u1", "u8", "u1", "u1", "i8", "u8", "i4", "u8", "i8", "i8", "i4", "u8", "u1", "u1", "i8", "u8", "i4"]
     labels = ["names", "name_ends", "dtype", "ndim", "shape", "chunk_ends", "file", "begin", "offsets", "sizes"]
-    labels += ["grid", "data_begin", "grid_ndim", "grid_parts", "cell_ends", "cells"]
+    labels += ["grid", "data_begin", "grid_ndim", "grid_levels", "grid_parts", "cell_ends", "cells"]
     room = 1024
     table, tail, end = [], b"", 16 + room
     for label, kind, column in zip(labels, kinds, columns, strict=True):

@@ -16,9 +16,10 @@ KEY = "step-0000001200.g0007/layout-x.index"
 COLUMNS = {
     "names": "u1", "name_ends": "u8", "dtype": "u1", "ndim": "u1", "shape": "i8",
     "chunk_ends": "u8", "file": "i4", "begin": "u8", "offsets": "i8", "sizes": "i8",
-    "grid": "i4", "data_begin": "u8", "grid_ndim": "u1", "grid_parts": "i8", "cell_ends": "u8", "cells": "i4",
+    "grid": "i4", "data_begin": "u8", "grid_ndim": "u1", "grid_levels": "u1", "grid_parts": "i8",
+    "cell_ends": "u8", "cells": "i4",
 }  # fmt: skip
-NO_GRIDS = {"data_begin": [], "grid_ndim": [], "grid_parts": [], "cell_ends": [], "cells": []}
+NO_GRIDS = {"data_begin": [], "grid_ndim": [], "grid_levels": [], "grid_parts": [], "cell_ends": [], "cells": []}
 
 
 def read_as_a_stranger(data: bytes):

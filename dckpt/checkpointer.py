@@ -20,6 +20,7 @@ from dckpt.engine.cadence import Cadence, Every, StepAction
 from dckpt.engine.job import SaveJob, SaveRequest
 from dckpt.engine.keeper import Keeper
 from dckpt.engine.loader import Loaded, Loader, LoadOptions
+from dckpt.engine.overlap import StepGate
 from dckpt.engine.pending import PendingSave
 from dckpt.engine.refusal import REFUSALS
 from dckpt.engine.saver import Saver
@@ -85,6 +86,11 @@ class Checkpointer:
     deadline_s: the longest time without any progress of a rank before the others stop waiting for it.
     signals: on these, `step` saves and returns `Stop`. Only set in the main thread.
     when_busy: a save that comes due in `step` while another is in flight waits for it, or is skipped.
+    overlap: `save` returns before parameters and optimizer states are copied; the next `optimizer.step()` waits until they
+        are. Everything else (buffers, EMA, extras, random streams) is copied before. Without effect, and said so, where a
+        step may run without its hooks: compiled, captured in a CUDA graph, or inside backward. Between a save and the next
+        step only optimizers may change parameters; an in-place change that torch counts makes that save fail, one through
+        `.data` goes unnoticed.
 
     Leaving the `with` block (also by an exception) waits for the save in flight; so does the end of the process.
     """
@@ -100,6 +106,7 @@ class Checkpointer:
         deadline_s: float = 600.0,
         signals: Iterable[signal.Signals] = (signal.SIGTERM, signal.SIGUSR1),
         when_busy: Literal["wait", "skip"] = "wait",
+        overlap: bool = False,
     ) -> None:
         _ensure_choice("on_save_error", on_save_error, ("continue", "raise"))
         _ensure_choice("when_busy", when_busy, ("wait", "skip"))
@@ -113,7 +120,8 @@ class Checkpointer:
         self._topology = detect_topology()
         self._coordination = Coordination.connect(self._topology, scope="checkpointer", deadline_s=deadline_s)
         keeper = Keeper(self._storage, retention or Retention())
-        self._saver = Saver(self._storage, self._coordination, self._topology, on_commit=keeper.apply)
+        gate = StepGate() if overlap else None
+        self._saver = Saver(self._storage, self._coordination, self._topology, on_commit=keeper.apply, gate=gate)
         self._loader = Loader(self._storage, self._coordination, self._topology)
         self._thread = SaveThread("dckpt-save")
         self._signals = SignalWatch(signals)
@@ -126,6 +134,7 @@ class Checkpointer:
         self._is_warmed = False
         self._is_over = False
         self._in_flight: PendingSave | None = None
+        self._job: SaveJob | None = None
         self._last: _LastSave | None = None
         self._closed = False
         self._at_exit = _close_at_exit(weakref.ref(self))
@@ -195,9 +204,10 @@ class Checkpointer:
     ) -> PendingSave:
         """Saves `state` as `step` (default: `state.progress.step`); every rank must call it.
 
-        Returns once this rank's part is copied, so the state may change again; with `blocking`, once the outcome is
-        known. One save is in flight: an earlier one is waited for first. The same step saved again without an optimizer
-        step between returns the same `PendingSave`. A failed save is in `.outcome` and `.error` (see `on_save_error`).
+        Returns once this rank's part is copied, so the state may change again (but see `overlap`); with `blocking`, once the
+        outcome is known, and nothing but a few pieces of 8 MiB is copied. One save is in flight: an earlier one is waited
+        for first. The same step saved again without an optimizer step between returns the same `PendingSave`. A failed save
+        is in `.outcome` and `.error` (see `on_save_error`).
 
         Raises `ConfigError` if the run has checkpoints and nothing was loaded, or if the step did not move while the
         optimizer did; `CommitConflictError` if another job took over; `PoisonedStateError` after a failed load.
@@ -205,7 +215,7 @@ class Checkpointer:
         self._ensure_open()
         self._ensure_not_poisoned()
         started = time.monotonic()
-        request = self._request(state, step, metrics or {})
+        request = replace(self._request(state, step, metrics or {}), is_blocking=blocking)
         if self._is_same_step(request):
             refusal = self._unmoved_step(state, request)
             request = replace(request, refusal=refusal)
@@ -226,9 +236,18 @@ class Checkpointer:
         self._cadence.note_save()
         self._start(state, request, pending, started)
         if blocking:
-            pending.wait()
-            self._collect()
+            self._wait_blocking(pending)
         return pending
+
+    def _wait_blocking(self, pending: PendingSave) -> None:
+        try:
+            pending.wait()
+        except BaseException as interrupt:
+            # The files are written from the live state, which may change once this call has ended.
+            if self._job is not None and self._job.pending is pending:
+                self._job.session.abort(interrupt, phase="write")
+            raise
+        self._collect()
 
     def _start(self, state: TrainState, request: SaveRequest, pending: PendingSave, started: float) -> None:
         before = self._last
@@ -244,6 +263,7 @@ class Checkpointer:
             self._collect()
 
     def _hand_over(self, job: SaveJob) -> None:
+        self._job = job
         job.pending.look_with(lambda: self._look_after(job))
         self._thread.submit(lambda: self._saver.committer.finish(job))
 
@@ -491,7 +511,7 @@ class Checkpointer:
         pending = self._in_flight
         if pending is None or not pending.done:
             return
-        self._in_flight = None
+        self._in_flight = self._job = None
         error = pending.error
         if pending.outcome == "committed":
             self._failures = 0

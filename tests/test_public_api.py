@@ -37,7 +37,7 @@ ADDED = {
     "__version__": "the version",
 }
 PARAMETERS = {
-    "Checkpointer": ("root", "save", "retention", "on_save_error", "give_up_after", "deadline_s", "signals"),
+    "Checkpointer": ("root", "save", "retention", "on_save_error", "give_up_after", "deadline_s", "signals", "overlap"),
     "Checkpointer.step": ("state",),
     "Checkpointer.save": ("state", "step", "metrics", "blocking"),
     "Checkpointer.resume": ("state", "policy"),

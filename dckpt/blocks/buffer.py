@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import mmap
 import threading
+from collections.abc import Callable
+from typing import TypeAlias
+
+Pin: TypeAlias = Callable[[mmap.mmap], Callable[[], None] | None]
+"""Page-locks a mapping for a device and returns what undoes that, or None if it was not locked."""
 
 _WARM_BYTES = 16 * 2**20  # touched between two looks at whether the memory is wanted
 
@@ -15,7 +20,10 @@ class ImageBuffer:
     nor disturbs a write that is under way. One save owns the buffer at a time; `take` hands out views of it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, pin: Pin = lambda _: None) -> None:
+        self._pin = pin
+        self._unpin: Callable[[], None] | None = None
+        self._is_prepared = False
         self._memory: mmap.mmap | None = None
         self._nbytes = 0
         self._warming: threading.Thread | None = None
@@ -39,6 +47,7 @@ class ImageBuffer:
         if end > self._nbytes or self._memory is None:
             # Views of an older, smaller mapping keep it alive on their own; it is never resized under them.
             self._allocate(end)
+        self._prepare()
         assert self._memory is not None
         whole = memoryview(self._memory)
         return [whole[start : start + size] for start, size in zip(starts, sizes, strict=True)]
@@ -51,8 +60,23 @@ class ImageBuffer:
             self._warming = None
 
     def _allocate(self, nbytes: int) -> None:
+        self.release()
         self._nbytes = _whole_pages(max(nbytes, 1))
         self._memory = mmap.mmap(-1, self._nbytes)
+
+    def _prepare(self) -> None:
+        """Once for each mapping; after its pages were touched, where there was time for that."""
+        if not self._is_prepared:
+            assert self._memory is not None
+            self._unpin = self._pin(self._memory)
+            self._is_prepared = True
+
+    def release(self) -> None:
+        """Gives the memory back, once the last view of it is gone. No copy from a device may be under way."""
+        unpin, self._unpin, self._is_prepared = self._unpin, None, False
+        if unpin is not None:
+            unpin()
+        self._memory, self._nbytes = None, 0
 
     def _touch(self) -> None:
         # Imported here: whoever only reads needs no array.
@@ -65,6 +89,7 @@ class ImageBuffer:
             if self._is_wanted.is_set():
                 return
             pages[begin : begin + step] = 0
+        self._prepare()
 
     @property
     def nbytes(self) -> int:

@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dckpt import failpoint
+from dckpt.blocks.buffer import Pin
+from dckpt.blocks.source import PIECE_BYTES, FileSource, PieceRing
 from dckpt.blocks.workers import ByteWorkers
 from dckpt.format.checksum import (
     BLOCK_BYTES,
     SEGMENT_BYTES,
+    FileHasher,
     Sums,
-    block_checksums,
     combine_digests,
     digest_bytes,
     encode_sums,
-    segment_digests,
 )
 from dckpt.format.layout import sums_file_name
 from dckpt.format.manifest import FileEntry
@@ -26,49 +27,77 @@ from dckpt.format.manifest import FileEntry
 if TYPE_CHECKING:
     from dckpt.storage.base import FileWriter, Storage
 
-PIECE_BYTES = 8 * 2**20  # one write call; a multiple of the block
 WRITER_THREADS = 4  # enough requests in flight for one device; more fight for the processor with the training
 
 
-class _Image:
-    """The image of one file on its way out: each segment is checksummed and written by itself, in any order."""
+class WriterPool:
+    """The threads that checksum and write, with the piece memory of each. One batch of work at a time."""
 
-    def __init__(self, writer: FileWriter, image: memoryview, on_bytes: Callable[[int], None]) -> None:
-        self._writer = writer
-        self._image = image
+    def __init__(self, count: int = WRITER_THREADS, pin: Pin = lambda _: None) -> None:
+        self.workers = ByteWorkers(count)
+        self.ring = PieceRing(count, pin)
+
+    def start(self) -> None:
+        """Starts the threads, if they do not run yet."""
+        self.workers.start()
+
+    def stop(self) -> None:
+        """The threads end when they are idle; those that are stuck end with the process and keep their memory."""
+        self.workers.stop()
+        self.ring.release()
+
+
+class _Pass:
+    """One pass over a file's bytes: each segment is checksummed by itself, in any order, and written if there is a writer."""
+
+    def __init__(
+        self, source: FileSource, ring: PieceRing, on_bytes: Callable[[int], None], writer: FileWriter | None
+    ) -> None:
+        self._source, self._ring, self._writer = source, ring, writer
         self._on_bytes = on_bytes
+        size = source.size
         # At least two pieces a file, so that a crash in the middle of a small one can be rehearsed too.
-        half = -(-len(image) // 2)
+        half = -(-size // 2)
         self._piece_bytes = max(BLOCK_BYTES, min(PIECE_BYTES, -(-half // BLOCK_BYTES) * BLOCK_BYTES))
-        self._begins = range(0, len(image), SEGMENT_BYTES)
+        self._begins = range(0, size, SEGMENT_BYTES)
         self._digests = [b""] * len(self._begins)
-        self._blocks = np.empty(-(-len(image) // BLOCK_BYTES), dtype=np.uint64)
+        self._blocks = np.empty(-(-size // BLOCK_BYTES), dtype=np.uint64)
         self._is_first = True
         self._lock = threading.Lock()
 
-    def tasks(self) -> list[Callable[[], None]]:
-        """One task a segment."""
-        return [lambda number=number: self._write_segment(number) for number in range(len(self._begins))]  # type: ignore[misc]
+    def run(self, workers: ByteWorkers) -> Sums:
+        """Every segment, one task each; returns when the last is done."""
+        workers.run([lambda number=number: self._pass_segment(number) for number in range(len(self._begins))])  # type: ignore[misc]
+        return Sums(self._source.size, combine_digests(b"".join(self._digests)), self._blocks)
 
-    def _write_segment(self, number: int) -> None:
+    def _pass_segment(self, number: int) -> None:
         begin = self._begins[number]
-        end = min(begin + SEGMENT_BYTES, len(self._image))
-        segment = self._image[begin:end]
-        self._digests[number] = segment_digests(segment)
+        end = min(begin + SEGMENT_BYTES, self._source.size)
+        hasher = FileHasher()
+        with self._ring.borrow() as memory:
+            for at in range(begin, end, self._piece_bytes):
+                piece = self._source.piece(at, min(at + self._piece_bytes, end), memory)
+                # Before the write, while the piece is in the processor's cache.
+                hasher.update(piece)
+                self._hand_on(at, piece)
+        self._digests[number] = hasher.segment_digests()
+        blocks = hasher.checksums()
         first = begin // BLOCK_BYTES
-        self._blocks[first : first + -(-len(segment) // BLOCK_BYTES)] = block_checksums(segment)
-        for at in range(0, len(segment), self._piece_bytes):
-            piece = segment[at : at + self._piece_bytes]
-            self._writer.write_at(begin + at, piece)
-            with self._lock:
-                self._on_bytes(len(piece))
-                is_first, self._is_first = self._is_first, False
-            if is_first:
-                failpoint.reach("mid_shard_write")
+        self._blocks[first : first + len(blocks)] = blocks
 
-    def sums(self) -> Sums:
-        """The file's checksums, once every task is done."""
-        return Sums(len(self._image), combine_digests(b"".join(self._digests)), self._blocks)
+    def _hand_on(self, at: int, piece: memoryview) -> None:
+        if self._writer is not None:
+            self._writer.write_at(at, piece)
+        with self._lock:
+            self._on_bytes(len(piece))
+            is_first, self._is_first = self._is_first, False
+        if is_first and self._writer is not None:
+            failpoint.reach("mid_shard_write")
+
+
+def checksum_source(source: FileSource, on_bytes: Callable[[int], None], pool: WriterPool) -> Sums:
+    """What the sums file of this content would say, without writing anything."""
+    return _Pass(source, pool.ring, on_bytes, None).run(pool.workers)
 
 
 def write_shard_file(
@@ -77,33 +106,31 @@ def write_shard_file(
     attempt: str,
     rank: int,
     name: str,
-    image: memoryview,
+    source: FileSource,
     on_bytes: Callable[[int], None],
-    workers: ByteWorkers,
+    pool: WriterPool,
 ) -> list[FileEntry]:
-    """Writes `image` as `directory/name` with its sums beside it; both are fsynced when this returns.
+    """Writes the bytes of `source` as `directory/name` with its sums beside it; both are fsynced when this returns.
 
     Returns the manifest's entries of the two files, their paths relative to the checkpoint. `on_bytes` is told of every
     piece that was handed to the kernel. The directory is *not* synced: the caller does that once after its last file.
     Raises `StorageError` and its kin; then the attempt is condemned and the files must not be used.
     """
     failpoint.reach("before_shard_write")
-    writer = storage.create_file(f"{directory}/{name}", is_large=len(image) >= PIECE_BYTES)
+    writer = storage.create_file(f"{directory}/{name}", is_large=source.size >= PIECE_BYTES)
     try:
-        outgoing = _Image(writer, image, on_bytes)
-        workers.run(outgoing.tasks())
+        sums = _Pass(source, pool.ring, on_bytes, writer).run(pool.workers)
         failpoint.reach("after_shard_write")
-        writer.finish(len(image))
+        writer.finish(source.size)
     except BaseException:
         writer.abandon()
         raise
     failpoint.reach("after_shard_sync")
-    sums = outgoing.sums()
     encoded = encode_sums(sums)
     sums_name = sums_file_name(name)
     _write_small(storage, f"{directory}/{sums_name}", encoded)
     return [
-        FileEntry(path=f"{attempt}/{name}", size=len(image), digest=sums.digest, kind="shard", rank=rank),
+        FileEntry(path=f"{attempt}/{name}", size=source.size, digest=sums.digest, kind="shard", rank=rank),
         FileEntry(
             path=f"{attempt}/{sums_name}", size=len(encoded), digest=digest_bytes(encoded), kind="sums", rank=rank
         ),

@@ -18,8 +18,8 @@ from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 from dckpt.blocks.buffer import ImageBuffer
-from dckpt.blocks.workers import ByteWorkers
-from dckpt.blocks.write import WRITER_THREADS, write_shard_file
+from dckpt.blocks.source import ImageSource
+from dckpt.blocks.write import WriterPool, write_shard_file
 from dckpt.catalog.transaction import Transaction
 from dckpt.dcp.chunks import copy_to_bytes
 from dckpt.dcp.location import is_local_url, split_checkpoint_url
@@ -84,7 +84,7 @@ class DckptWriter(StorageWriter):
         self._transaction: Transaction | None = None
         self._attempt: str | None = None
         self._buffer = ImageBuffer()
-        self._workers = ByteWorkers(WRITER_THREADS)
+        self._pool = WriterPool()
 
     def __getstate__(self) -> dict[str, Any]:
         """For a checkpointing process (`AsyncCheckpointerType.PROCESS`): settings travel, buffers do not."""
@@ -163,7 +163,7 @@ class DckptWriter(StorageWriter):
             return self._write_data(plan, planner)
         finally:
             # DCP never says that it is done with a writer, and most writers save once: threads must not pile up.
-            self._workers.stop()
+            self._pool.stop()
 
     def _write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         attempt = self._find_attempt()
@@ -192,7 +192,7 @@ class DckptWriter(StorageWriter):
                 copy_to_bytes(tensor, image[begin : begin + shard_tensor.nbytes])
                 stored[id(item)] = _stored(item, shard_tensor, file.file, begin)
             entries += write_shard_file(
-                storage, directory, attempt, rank, file.file, image, lambda _: None, self._workers
+                storage, directory, attempt, rank, file.file, ImageSource(image), lambda _: None, self._pool
             )
         storage.sync_dir(directory)
         future: Future[list[WriteResult]] = Future()

@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable
 
 from dckpt import failpoint
-from dckpt.blocks.workers import ByteWorkers
-from dckpt.blocks.write import WRITER_THREADS, write_shard_file
+from dckpt.blocks.buffer import Pin
+from dckpt.blocks.write import WriterPool, write_shard_file
 from dckpt.catalog.transaction import Transaction, read_attempt
 from dckpt.engine.attempt import MESSAGE_BYTES_MAX, abort_attempt, as_dckpt_error, naming_rank
 from dckpt.engine.job import SaveJob
@@ -32,17 +32,21 @@ log = logging.getLogger(__name__)
 
 
 class Committer:
-    """Finishes one save after another. `workers` are its writing threads; a stuck set is replaced by `leave_behind`."""
+    """Finishes one save after another. `pool` holds its writing threads; a stuck one is replaced by `leave_behind`."""
 
-    def __init__(self, storage: Storage, topology: Topology, *, on_commit: Callable[[str], int]) -> None:
+    def __init__(
+        self, storage: Storage, topology: Topology, *, on_commit: Callable[[str], int], pin: Pin = lambda _: None
+    ) -> None:
+        """`pin`: page-locks the memory of the writing threads for a device."""
         self._storage = storage
         self._topology = topology
         self._on_commit = on_commit
-        self.workers = ByteWorkers(WRITER_THREADS)
+        self._pin = pin
+        self.pool = WriterPool(pin=pin)
 
     def leave_behind(self) -> None:
         """New threads for later saves; those that the kernel does not give back keep what they hold."""
-        self.workers = ByteWorkers(WRITER_THREADS)
+        self.pool = WriterPool(pin=self._pin)
 
     def finish(self, job: SaveJob) -> None:
         """Writes, agrees and commits; concludes `job.pending` whatever happens and never raises an `Exception`."""
@@ -112,12 +116,15 @@ class Committer:
             job.note_storage()
             job.session.beat(job.bytes_done)
 
-        workers = self.workers
+        pool = self.pool
         try:
+            if job.deferred is not None:
+                job.deferred.result()
+                job.pending.seconds_stalled += job.deferred.seconds_waited
             with job.in_storage():
-                for plan, image in job.files:
+                for plan, source in job.files:
                     entries += write_shard_file(
-                        self._storage, directory, job.attempt, self._topology.rank, plan.file, image, on_bytes, workers
+                        self._storage, directory, job.attempt, self._topology.rank, plan.file, source, on_bytes, pool
                     )
                 # Each rank syncs the directory on its own node: on a shared file system only that client's view counts.
                 self._storage.sync_dir(directory)
@@ -188,6 +195,8 @@ class Committer:
 
     def _note_times(self, job: SaveJob) -> None:
         job.pending.seconds_to_durable = time.monotonic() - job.started_s
+        if not job.pending.staged:  # the caller waited for all of it
+            job.pending.seconds_stalled = job.pending.seconds_to_durable
 
     def _report_commit(self, job: SaveJob) -> None:
         job.pending.conclude("committed")

@@ -8,8 +8,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
+from dckpt.blocks.source import FileSource
 from dckpt.catalog.transaction import Transaction
 from dckpt.engine.agreement import Known
+from dckpt.engine.deferred import DeferredCopies
 from dckpt.engine.pending import PendingSave
 from dckpt.errors import ConfigError
 from dckpt.format.manifest import FileEntry, Manifest
@@ -20,18 +22,22 @@ from dckpt.ranks.session import Session
 
 @dataclass
 class SaveJob:
-    """What the writing thread needs; nothing in it refers to live training state."""
+    """What the writing thread needs. `files` refer to live state only while the caller of a blocking save waits.
+
+    deferred: what is still being copied into the images behind the training.
+    """
 
     pending: PendingSave
     session: Session
     checkpoint: str
     attempt: str
-    files: list[tuple[ShardFilePlan, memoryview]]
+    files: list[tuple[ShardFilePlan, FileSource]]
     started_s: float
     transaction: Transaction | None = None  # the coordinator's
     manifest: Callable[[tuple[FileEntry, ...]], Manifest] | None = None
     known: Known | None = None  # the coordinator's
     report: RankReport | None = None  # if the coordinator asked for it
+    deferred: DeferredCopies | None = None
     bytes_done: int = 0
     storage_busy_since_s: float | None = (
         None  # None while it waits for other ranks: those waits have their own deadlines
@@ -70,6 +76,7 @@ class Beginning:
     transaction: Transaction | None = None
     manifest: Callable[[tuple[FileEntry, ...]], Manifest] | None = None
     known: Known | None = None
+    deferred: DeferredCopies | None = None
     job: SaveJob | None = None
 
 
@@ -81,3 +88,4 @@ class SaveRequest:
     micro_step: int
     metrics: Mapping[str, float]
     refusal: ConfigError | None = None  # why this rank cannot save; all ranks raise it together
+    is_blocking: bool = False  # the caller waits for the outcome: the state needs no image

@@ -8,19 +8,26 @@ import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+
 from dckpt import failpoint
 from dckpt.blocks.buffer import ImageBuffer
+from dckpt.blocks.source import FileSource
 from dckpt.catalog.prune import find_leftovers, sweep
 from dckpt.catalog.transaction import Transaction
 from dckpt.dcp.chunks import local_chunks
 from dckpt.engine.agreement import PlanAgreement, decode_layout, decode_question, encode_layout, encode_question
 from dckpt.engine.attempt import MESSAGE_BYTES_MAX, abort_attempt, as_dckpt_error, naming_rank
 from dckpt.engine.committer import Committer, unknown_outcome
+from dckpt.engine.deferred import DeferredCopies
 from dckpt.engine.describe import describe_checkpoint
 from dckpt.engine.job import Beginning, SaveJob, SaveRequest
 from dckpt.engine.lineage import Lineage
+from dckpt.engine.live_source import LiveSource
 from dckpt.engine.local_state import LocalState, describe_state
+from dckpt.engine.overlap import StepGate, overlap_obstacle, owned_memory, storage_address
 from dckpt.engine.pending import PendingSave
+from dckpt.engine.pinning import HostPinner
 from dckpt.engine.refusal import REFUSALS, encode_refusal, raise_refusals
 from dckpt.engine.staging import stage
 from dckpt.errors import (
@@ -30,6 +37,7 @@ from dckpt.errors import (
 )
 from dckpt.format.layout import checkpoint_name
 from dckpt.format.values import dump_json, load_json
+from dckpt.planning.files import FilePlans
 from dckpt.planning.layout import Layout
 from dckpt.planning.ticket import Details, Ticket, ensure_same_step
 from dckpt.ranks.coordination import Coordination
@@ -54,13 +62,17 @@ class Saver:
         topology: Topology,
         *,
         on_commit: Callable[[str], int],
+        gate: StepGate | None = None,
     ) -> None:
+        """`gate`: lets tensors of optimizers be copied after `start` returned; None copies everything at once."""
         self._storage = storage
         self._coordination = coordination
         self._topology = topology
-        self._buffer = ImageBuffer()
+        self._gate = gate
+        self._pinner = HostPinner()
+        self._buffer = ImageBuffer(self._pinner.pin)
         self._agreement = PlanAgreement(topology)
-        self.committer = Committer(storage, topology, on_commit=on_commit)
+        self.committer = Committer(storage, topology, on_commit=on_commit, pin=self._pinner.pin)
         self._saves = 0
         self.lineage = Lineage(storage)
 
@@ -69,6 +81,7 @@ class Saver:
 
         Only this rank is asked, so the size is an estimate: what several ranks hold alike is written by one of them.
         """
+        self._pinner.note_device()
         try:
             nbytes = sum(
                 chunk.tensor.nbytes // (1 if item.replication == "sharded" else self._topology.world_size)
@@ -82,8 +95,10 @@ class Saver:
 
     def close(self) -> None:
         """Ends the writing threads, as far as they are not stuck."""
+        if self._gate is not None:
+            self._gate.close()
+        self.committer.pool.stop()
         self._buffer.stop_warming()
-        self.committer.workers.stop()
 
     def give_up(self, job: SaveJob, deadline_s: float) -> None:
         """Concludes a save whose writer is stuck in the kernel, and leaves that writer behind with its memory.
@@ -98,7 +113,7 @@ class Saver:
             key=self._storage.locate(job.checkpoint),
         )
         verdict = job.session.abort(error, phase="write")
-        self._buffer = ImageBuffer()
+        self._buffer = ImageBuffer(self._pinner.pin)
         self.committer.leave_behind()
         if verdict == "abort":
             job.pending.conclude("failed", as_dckpt_error(job.session.error or error))
@@ -127,23 +142,27 @@ class Saver:
             failpoint.reach("plan_agreed")
             assert self._agreement.remembered is not None
             plan = self._agreement.remembered
-            files = plan.files
-            self.committer.workers.start()
-            images = stage(local, files, self._buffer)
+            self.committer.pool.start()
+            sources, deferred = self._sources(state, request, local, plan.files)
+            begun.deferred = deferred
             pending.checkpoint = decision["checkpoint"]
-            pending.mark_staged()
+            if deferred is not None:
+                self._hold_optimizers(state, pending, deferred)
+            elif not request.is_blocking:
+                pending.mark_staged()
             pending.seconds_stalled = time.monotonic() - started_s
             begun.job = SaveJob(
                 pending=pending,
                 session=session,
                 checkpoint=decision["checkpoint"],
                 attempt=decision["attempt"],
-                files=[(plan, image) for (plan, _), image in zip(files, images, strict=True)],
+                files=[(file, source) for (file, _), source in zip(plan.files, sources, strict=True)],
                 started_s=started_s,
                 transaction=begun.transaction,
                 manifest=begun.manifest,
                 known=begun.known,
                 report=plan.report if decision["wants_report"] else None,
+                deferred=deferred,
             )
             begun.job.note_storage()
             hand_over(begun.job)
@@ -156,9 +175,43 @@ class Saver:
             finally:
                 # Also when a second interrupt comes here: whoever waits for this save must not wait for nobody.
                 pending.conclude("failed", as_dckpt_error(shared))
+                if begun.deferred is not None:
+                    begun.deferred.wait()  # the next save takes the memory into which it copies
             if shared is error or not isinstance(error, Exception):
                 raise
             raise shared from error
+
+    def _sources(
+        self, state: TrainState, request: SaveRequest, local: LocalState, files: FilePlans
+    ) -> tuple[Sequence[FileSource], DeferredCopies | None]:
+        """Where the writer finds the bytes of `files`: in the live state if the caller waits, else in staged images."""
+        self._pinner.note_device()
+        if not request.is_blocking:
+            return stage(local, files, self._buffer, self._may_wait(state))
+        failpoint.reach("before_stage")
+        for device in {chunk.tensor.device for held in local.chunks for chunk in held if chunk.tensor.is_cuda}:
+            # The writers' threads copy on streams of their own, which know nothing of what is queued here.
+            torch.cuda.current_stream(device).synchronize()
+        failpoint.reach("after_stage")
+        return [LiveSource(plan, items, local) for plan, items in files], None
+
+    def _may_wait(self, state: TrainState) -> Callable[[str, torch.Tensor], bool] | None:
+        """Whether a tensor may be copied later; None if none may."""
+        if self._gate is None:
+            return None
+        obstacle = overlap_obstacle(state.optimizers)
+        if obstacle is not None:
+            self._gate.tell_once(obstacle)
+            return None
+        owned = owned_memory(state.optimizers)
+        return lambda _, tensor: storage_address(tensor) in owned
+
+    def _hold_optimizers(self, state: TrainState, pending: PendingSave, deferred: DeferredCopies) -> None:
+        """From here on everything may change but what optimizers own, and those are held up by the gate."""
+        assert self._gate is not None
+        deferred.on_done = pending.mark_staged
+        self._gate.hold(deferred, state.optimizers)
+        deferred.start()
 
     def _open_session(self, request: SaveRequest, begun: Beginning) -> Session:
         """The session of the next save. One that the other ranks gave up without this rank is left out."""

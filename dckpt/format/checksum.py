@@ -124,10 +124,14 @@ class FileHasher:
         if whole < len(piece):
             self._block.update(piece[whole:])
 
+    def segment_digests(self) -> bytes:
+        """The digests of the segments so far, 16 bytes each; the last may be of a segment that is not full yet."""
+        last = [self._segment.digest()] if self._size % SEGMENT_BYTES else []
+        return b"".join(self._segments + last)
+
     def digest(self) -> str:
         """The file digest of the bytes so far."""
-        last = [self._segment.digest()] if self._size % SEGMENT_BYTES else []
-        return combine_digests(b"".join(self._segments + last))
+        return combine_digests(self.segment_digests())
 
     def checksums(self) -> Checksums:
         """The block checksums of the bytes so far."""

@@ -118,6 +118,11 @@ class TrainState:
         return ("model", *self._components(), "rng")
 
     @property
+    def optimizers(self) -> tuple[Optimizer, ...]:
+        """Every optimizer, in the order of its keys; empty without one."""
+        return tuple(self._optimizers.values())
+
+    @property
     def optimizer_steps(self) -> int | None:
         """How often `step` ran on the optimizers since this state was made; None without an optimizer."""
         return self._counter.count if self._optimizers else None

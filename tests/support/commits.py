@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from dckpt.blocks.workers import ByteWorkers
-from dckpt.blocks.write import write_shard_file
+from dckpt.blocks.source import ImageSource
+from dckpt.blocks.write import WriterPool, write_shard_file
 from dckpt.catalog.catalog import Catalog, file_key
 from dckpt.catalog.generations import create_generation
 from dckpt.catalog.prune import expire
@@ -29,7 +29,7 @@ from tests.support.recording import RecordingPosix
 RUN = "deep/run"
 """Where the run lies below the recorded directory: its root has to be made, with an ancestor."""
 
-WORKERS = ByteWorkers(1)  # one thread: the order of system calls is then the same in every recording
+POOL = WriterPool(1)  # one thread: the order of system calls is then the same in every recording
 WORLD_SIZE = 2
 
 
@@ -78,7 +78,14 @@ def _fill(
         plan = plan_shard_file(shard_file_name(rank), [ShardTensor("model.w", "I64", (8,), (8 * rank,))])
         image = plan.header + (np.arange(8, dtype="<i8") + step + 8 * rank).tobytes()
         entries += write_shard_file(
-            storage, transaction.attempt_dir, attempt, rank, plan.file, memoryview(image), lambda _: None, WORKERS
+            storage,
+            transaction.attempt_dir,
+            attempt,
+            rank,
+            plan.file,
+            ImageSource(memoryview(image)),
+            lambda _: None,
+            POOL,
         )
         storage.sync_dir(transaction.attempt_dir)
         chunks.append(Chunk((8 * rank,), (8,), rank, plan.begins[0]))

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from dckpt.blocks.buffer import ImageBuffer
-from dckpt.blocks.workers import ByteWorkers
-from dckpt.blocks.write import write_shard_file
+from dckpt.blocks.source import ImageSource
+from dckpt.blocks.write import WriterPool, write_shard_file
 from dckpt.errors import StorageError, StorageFullError
 from dckpt.format.checksum import digest_bytes, parse_sums
 from dckpt.storage.local import LocalStorage
@@ -59,7 +59,8 @@ def _write(root, posix: Posix, image: memoryview):
     storage.ensure_root()
     storage.make_dirs("a")
     done: list[int] = []
-    entries = write_shard_file(storage, "a", "attempt", 0, "rank00000.safetensors", image, done.append, ByteWorkers(3))
+    source = ImageSource(image)
+    entries = write_shard_file(storage, "a", "attempt", 0, "rank00000.safetensors", source, done.append, WriterPool(3))
     assert sum(done) == len(image)
     return entries
 

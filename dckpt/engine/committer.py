@@ -120,7 +120,6 @@ class Committer:
         try:
             if job.deferred is not None:
                 job.deferred.result()
-                job.pending.seconds_stalled += job.deferred.seconds_waited
             with job.in_storage():
                 for plan, source in job.files:
                     entries += write_shard_file(

@@ -60,13 +60,14 @@ class DeferredCopies:
         self._lock = threading.Lock()
         self._is_device_checked = False
         self.on_done: Callable[[], None] = lambda: None
+        """Called on the copying thread when nothing is left to copy."""
+        self.on_waited: Callable[[float], None] = lambda _: None
+        """Called on the training thread with the seconds for which `before_change` held it up."""
         device_copies = DeviceCopies()
         for number in self._on_device:
             _, tensor, target = copies[number]
             device_copies.copy(tensor, bytes_as_tensor(target, tensor))
         self._events = device_copies.events()
-        self.seconds_waited = 0.0
-        """How long `before_change` has held up the training."""
 
     def start(self) -> None:
         """Begins to copy what is in host memory, on a thread that ends by itself."""
@@ -88,7 +89,7 @@ class DeferredCopies:
             torch.cuda.current_stream(device).wait_event(event)
         if self._on_host:
             self.wait()
-        self.seconds_waited += time.monotonic() - begin
+        self.on_waited(time.monotonic() - begin)
 
     def result(self) -> None:
         """Waits for the end of all copies; raises the `ConfigError` of one that is torn."""

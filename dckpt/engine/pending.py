@@ -80,6 +80,10 @@ class PendingSave:
         """The engine's: the source may change again."""
         self._staged = True
 
+    def add_stall(self, seconds: float) -> None:
+        """The engine's, on the training thread: a step waited for copies of this save."""
+        self.seconds_stalled += seconds
+
     def look_with(self, look: Callable[[], None]) -> None:
         """The engine's: `look` is called now and then while somebody waits; it gives up a writer that is stuck."""
         self._look = look

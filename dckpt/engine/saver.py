@@ -146,11 +146,11 @@ class Saver:
             sources, deferred = self._sources(state, request, local, plan.files)
             begun.deferred = deferred
             pending.checkpoint = decision["checkpoint"]
+            pending.seconds_stalled = time.monotonic() - started_s
             if deferred is not None:
                 self._hold_optimizers(state, pending, deferred)
             elif not request.is_blocking:
                 pending.mark_staged()
-            pending.seconds_stalled = time.monotonic() - started_s
             begun.job = SaveJob(
                 pending=pending,
                 session=session,
@@ -209,7 +209,7 @@ class Saver:
     def _hold_optimizers(self, state: TrainState, pending: PendingSave, deferred: DeferredCopies) -> None:
         """From here on everything may change but what optimizers own, and those are held up by the gate."""
         assert self._gate is not None
-        deferred.on_done = pending.mark_staged
+        deferred.on_done, deferred.on_waited = pending.mark_staged, pending.add_stall
         self._gate.hold(deferred, state.optimizers)
         deferred.start()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
@@ -10,8 +11,12 @@ from torch.distributed.tensor import DTensor, Partial
 
 from dckpt.errors import ConfigError
 from dckpt.format.checksum import digest_bytes
+from dckpt.state.naming import local_part
 
 SMALL_BYTES = 256 * 1024  # above it a tensor operation costs nothing beside the copy, and may use several threads
+KNOWN_BOXES_MAX = 65_536
+
+_known_boxes: dict[Hashable, list[tuple[tuple[int, ...], tuple[int, ...]]]] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,18 +46,30 @@ def _dtensor_chunks(name: str, tensor: DTensor) -> list[LocalChunk]:
             f"Tensor {name}: expected sharded or replicated placements, found {tensor.placements}. A partial sum has no "
             "single value; redistribute it to Replicate() or Shard() before saving."
         )
-    with torch.no_grad():
-        local = tensor.to_local()
-    boxes = tensor.__create_chunk_list__()  # type: ignore[no-untyped-call]
+    local = local_part(tensor)
     if local.numel() == 0:
         return []
-    if len(boxes) != 1 or tuple(boxes[0].sizes) != tuple(local.shape):
-        found = [(tuple(box.offsets), tuple(box.sizes)) for box in boxes]
+    found = _boxes(tensor)
+    if len(found) != 1 or found[0][1] != tuple(local.shape):
         raise ConfigError(
             f"Tensor {name}: expected one box of shape {tuple(local.shape)} on this rank, found {found} for placements "
             f"{tensor.placements}. This order of sharding cannot be stored; shard with FSDP after tensor parallelism."
         )
-    return [LocalChunk(tuple(boxes[0].offsets), tuple(boxes[0].sizes), local)]
+    return [LocalChunk(*found[0], local)]
+
+
+def _boxes(tensor: DTensor) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """(offsets, sizes) of what torch says lies here; a function of how the tensor is laid out, so it is asked once."""
+    mesh = tensor.device_mesh
+    # The place too: an equal mesh of a later process group may put this process elsewhere.
+    key = (tensor.shape, mesh, tuple(mesh.get_coordinate() or ()), tensor.placements)
+    found = _known_boxes.get(key)
+    if found is None:
+        if len(_known_boxes) >= KNOWN_BOXES_MAX:
+            _known_boxes.clear()
+        boxes = tensor.__create_chunk_list__()  # type: ignore[no-untyped-call]
+        found = _known_boxes[key] = [(tuple(box.offsets), tuple(box.sizes)) for box in boxes]
+    return found
 
 
 def copy_to_bytes(tensor: torch.Tensor, target: memoryview) -> None:
@@ -127,10 +144,7 @@ def tensor_from_bytes(data: memoryview, dtype: torch.dtype, shape: tuple[int, ..
 
 def tensor_digest(tensor: torch.Tensor) -> str:
     """Digest of a tensor's values on this rank (for a DTensor: of its local part); equal bits give equal digests."""
-    local = tensor.detach()
-    if isinstance(local, DTensor):
-        with torch.no_grad():
-            local = local.to_local()
+    local = local_part(tensor).detach()
     data = bytearray(local.numel() * local.element_size())
     copy_to_bytes(local, memoryview(data))
     return digest_bytes(data)

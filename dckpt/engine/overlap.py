@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_pre_hooks, register_optimizer_step_pre_hook
 
 from dckpt.engine.deferred import DeferredCopies
+from dckpt.state.naming import storage_address
 
 log = logging.getLogger(__name__)
 
@@ -109,12 +109,3 @@ def owned_memory(optimizers: Sequence[Optimizer]) -> frozenset[int]:
             if isinstance(tensor, torch.Tensor) and not tensor.is_inference():
                 found.add(storage_address(tensor))
     return frozenset(found)
-
-
-def storage_address(tensor: torch.Tensor) -> int:
-    """Where the tensor's memory begins; of a DTensor its local part."""
-    local = tensor.detach()
-    if isinstance(local, DTensor):
-        with torch.no_grad():
-            local = local.to_local()
-    return local.untyped_storage().data_ptr()

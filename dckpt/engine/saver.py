@@ -25,7 +25,7 @@ from dckpt.engine.job import Beginning, SaveJob, SaveRequest
 from dckpt.engine.lineage import Lineage
 from dckpt.engine.live_source import LiveSource
 from dckpt.engine.local_state import LocalState, describe_state
-from dckpt.engine.overlap import StepGate, overlap_obstacle, owned_memory, storage_address
+from dckpt.engine.overlap import StepGate, overlap_obstacle, owned_memory
 from dckpt.engine.pending import PendingSave
 from dckpt.engine.pinning import HostPinner
 from dckpt.engine.refusal import REFUSALS, encode_refusal, raise_refusals
@@ -44,6 +44,7 @@ from dckpt.ranks.coordination import Coordination
 from dckpt.ranks.messages import format_ranks
 from dckpt.ranks.session import Session
 from dckpt.ranks.topology import Topology
+from dckpt.state.naming import storage_address
 from dckpt.state.train_state import TrainState
 from dckpt.storage.base import Storage
 

@@ -154,7 +154,12 @@ def replicated_parameters(module: nn.Module) -> set[int]:
 
 def capture_module(state: ModuleState, *, what: str) -> tuple[list[NamedTensor], dict[str, Any]]:
     """The module's tensors, and its extra state as a tree by name (tensors in it become tensors of their own)."""
-    tensors = [NamedTensor(t.name, t.tensor.detach(), t.replication, t.is_frozen) for t in state.tensors]
+    tensors = [
+        NamedTensor(
+            t.name, t.tensor if isinstance(t.tensor, DTensor) else t.tensor.detach(), t.replication, t.is_frozen
+        )
+        for t in state.tensors
+    ]
     extra: dict[str, Any] = {}
     for name, (key, value) in state.values.items():
         flat = flatten(value, name=name, path=f"{what}.state_dict()[{key!r}]")

@@ -79,7 +79,7 @@ def ensure_storable(tensor: torch.Tensor, *, name: str) -> None:
                 f"{name}: the DTensor has placements {tensor.placements}; a partial sum is not a value. "
                 "Redistribute it to Shard or Replicate before saving"
             )
-        tensor = tensor.to_local()
+        tensor = local_part(tensor)
     if tensor.layout is not torch.strided or tensor.is_quantized:
         raise ConfigError(
             f"{name}: layout {tensor.layout} (quantized: {tensor.is_quantized}) is not a dense array. "
@@ -94,9 +94,18 @@ def ensure_storable(tensor: torch.Tensor, *, name: str) -> None:
 
 def storage_address(tensor: torch.Tensor) -> int:
     """Where the tensor's storage begins on this rank; 0 when it has none (empty, meta)."""
-    local = tensor.detach()
-    local = local.to_local() if isinstance(local, DTensor) else local
-    return local.untyped_storage().data_ptr()
+    return local_part(tensor).untyped_storage().data_ptr()
+
+
+def detached(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor out of reach of autograd, sharing its memory. One that autograd does not follow is handed back as it is."""
+    return tensor.detach() if tensor.requires_grad or not isinstance(tensor, DTensor) else tensor
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a DTensor, out of reach of autograd; any other tensor itself."""
+    # Not to_local(): that makes a new view, and with gradients an autograd node, of each of some thousand tensors at each save.
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
 def is_same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:

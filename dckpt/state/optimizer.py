@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ from torch.optim import Optimizer
 from dckpt.errors import ConfigError
 from dckpt.format.values import encode_value
 from dckpt.state.model import named
-from dckpt.state.naming import ensure_storable, is_same_memory, loaded_class
+from dckpt.state.naming import detached, ensure_storable, is_same_memory, loaded_class
 from dckpt.state.planner import Planner
 from dckpt.state.records import NamedTensor, Replication
 from dckpt.state.tree import flatten, live_tensors, tensor_names, unflatten
@@ -131,24 +131,36 @@ def _shared_key(key: object, state: OptimizerState) -> str:
 
 def _capture_states(state: OptimizerState) -> tuple[list[dict[str, Any]], list[NamedTensor]]:
     tensors: list[NamedTensor] = []
-    templates: dict[str, dict[str, Any]] = {}
+    templates: dict[Hashable, dict[str, Any]] = {}
     for members in state.groups:
         for fqn, param in members:
             held = state.optimizer.state.get(param)
             if not held:
                 continue
             path = f"{state.prefix}.state[{fqn}]"
-            flat = flatten(held, name="", path=path)
-            layout = {}
-            for relative, tensor in flat.tensors.items():
+            # The usual state, tensors by name, has nothing to take apart or to encode: thousands of them at each save.
+            flat = None if _is_plain(held) else flatten(held, name="", path=path)
+            layouts = {}
+            for relative, tensor in (held if flat is None else flat.tensors).items():
                 name = f"{state.prefix}.{fqn}.{relative}"
                 ensure_storable(tensor, name=name)
-                layout[relative] = _layout(relative, tensor, param).to_json()
-                tensors.append(NamedTensor(name, tensor, _replication(relative, tensor, param, state)))
-            encoded = json.dumps([encode_value(flat.tree, path=path), layout])
-            template = templates.setdefault(encoded, {"params": [], "tree": flat.tree, "layout": layout})
-            template["params"].append(fqn)
+                layouts[relative] = _layout(relative, tensor, param)
+                tensors.append(NamedTensor(name, detached(tensor), _replication(relative, tensor, param, state)))
+            encoded = "" if flat is None else json.dumps(encode_value(flat.tree, path=path))
+            key = (encoded, *layouts.items())
+            if key not in templates:
+                tree = flatten(held, name="", path=path).tree
+                layout = {relative: found.to_json() for relative, found in layouts.items()}
+                templates[key] = {"params": [], "tree": tree, "layout": layout}
+            templates[key]["params"].append(fqn)
     return list(templates.values()), tensors
+
+
+def _is_plain(held: Any) -> bool:
+    """Whether the state of a parameter is a dict of tensors by name and nothing else."""
+    return type(held) is dict and all(
+        type(key) is str and isinstance(value, torch.Tensor) for key, value in held.items()
+    )
 
 
 def _replication(relative: str, tensor: torch.Tensor, param: torch.Tensor, state: OptimizerState) -> Replication:

@@ -17,7 +17,10 @@ Cast = Literal["exact", "allow"]
 
 @dataclass(frozen=True, slots=True)
 class NamedTensor:
-    """A live tensor, detached and not copied, under the name it has in a checkpoint."""
+    """A live tensor, not copied, under the name it has in a checkpoint; plain ones detached.
+
+    (A DTensor is read through its local part, which autograd does not see; detaching it costs more than copying a small one.)
+    """
 
     name: str
     tensor: torch.Tensor

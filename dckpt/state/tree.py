@@ -16,6 +16,7 @@ import torch
 
 from dckpt.errors import ConfigError
 from dckpt.format.values import VALUES_DEPTH_MAX, DType, Size, TensorRef
+from dckpt.state.naming import detached
 
 _BYTES_IO = "$BytesIO"
 
@@ -45,7 +46,7 @@ def _flatten(value: Any, name: str, path: str, tensors: dict[str, torch.Tensor],
         )
     if isinstance(value, torch.Tensor):
         unique = _unique(name, tensors)
-        tensors[unique] = value.detach()
+        tensors[unique] = detached(value)
         return TensorRef(unique)
     kind = type(value)
     if kind is torch.dtype:

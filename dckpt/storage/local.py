@@ -54,6 +54,7 @@ class LocalStorage:
         # Absolute now: a later chdir of the training script must not move the run.
         self.root = os.path.abspath(os.fspath(root))
         self._posix = posix or Posix()
+        self._durable_root: tuple[int, int] | None = None
 
     @property
     def url(self) -> str:
@@ -173,7 +174,18 @@ class LocalStorage:
     # --- creating
 
     def ensure_root(self) -> None:
-        self._ensure_durable_dir(self.root)
+        # Made durable by this process, and not replaced since: training need not wait for its fsyncs at each save.
+        if self._durable_root is None or self._durable_root != self._identity(self.root):
+            self._ensure_durable_dir(self.root)
+            self._durable_root = self._identity(self.root)
+
+    def _identity(self, path: str) -> tuple[int, int] | None:
+        try:
+            info = self._posix.stat(path, follow_symlinks=True)
+        except OSError:
+            # What is not there, or cannot be asked, is made anew; that raises what there is to say.
+            return None
+        return info.st_dev, info.st_ino
 
     def create(self, key: str, data: bytes) -> None:
         path = self._path(check_key(key))

@@ -34,6 +34,7 @@ class MemoryCheckpoint:
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:
+    tensor = tensor.detach()
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
 
 

@@ -94,15 +94,12 @@ def plan_shard_file(file: str, tensors: Sequence[ShardTensor]) -> ShardFilePlan:
     relative = [0]
     for tensor in ordered:
         relative.append(relative[-1] + tensor.nbytes)
-    sharding_info = {tensor.name: {"saved_offsets": list(tensor.offsets)} for tensor in ordered}
-    entries: dict[str, Any] = {
-        "__metadata__": {
-            "format": "pt",
-            "DCP_VERSION": "1.0",
-            SHARDING_INFO: dump_json(sharding_info).decode(),
-            "dckpt": "1",
-        }
-    }
+    metadata = {"format": "pt", "DCP_VERSION": "1.0", "dckpt": "1"}
+    if any(any(tensor.offsets) for tensor in ordered):
+        # Readers take offsets of 0 where it is missing; for thousands of small tensors it would be a tenth of the file.
+        sharding_info = {tensor.name: {"saved_offsets": list(tensor.offsets)} for tensor in ordered}
+        metadata[SHARDING_INFO] = dump_json(sharding_info).decode()
+    entries: dict[str, Any] = {"__metadata__": metadata}
     for tensor, begin, end in zip(ordered, relative[:-1], relative[1:], strict=True):
         entries[tensor.name] = {
             "dtype": tensor.dtype,

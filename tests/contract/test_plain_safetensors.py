@@ -43,10 +43,12 @@ def assembled(directory: Path) -> dict[str, torch.Tensor]:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
             assert metadata["format"] == "pt"
-            info = json.loads(metadata["DCP_SHARDING_INFO"])
-            assert set(info) == set(file.keys())
+            info = json.loads(metadata.get("DCP_SHARDING_INFO", "null"))
+            assert info is None or set(info) == set(file.keys())
             for name in file.keys():  # noqa: SIM118 - not a dict
-                chunks.setdefault(name, []).append((info[name]["saved_offsets"], file.get_tensor(name)))
+                part = file.get_tensor(name)
+                offsets = [0] * part.dim() if info is None else info[name]["saved_offsets"]
+                chunks.setdefault(name, []).append((offsets, part))
     whole = {}
     for name, parts in chunks.items():
         shape = [max(offsets[dim] + part.shape[dim] for offsets, part in parts) for dim in range(parts[0][1].dim())]

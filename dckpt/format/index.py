@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, pairwise
 from typing import Any
@@ -36,7 +37,11 @@ LEVELS_MAX = 16
 _MAGIC = b"\x89dckIDX\n"
 _MAJOR, _MINOR = 1, 0
 _HEAD = struct.Struct("<8sHHI")
+_PLAIN = struct.Struct("<Q")
 _TRAILER_BYTES = 8
+# Bounds what a small hostile file can make a reader allocate; real indexes shrink to a tenth or a thirtieth.
+_PLAIN_BYTES_FREE = 64 * 2**20
+_PLAIN_RATIO_MAX = 128
 _COLUMN_TYPES = {
     "names": "u1",
     "name_ends": "u8",
@@ -191,16 +196,47 @@ def encode_index(index: LayoutIndex) -> bytes:
     for name, kind in _COLUMN_TYPES.items():
         data = columns[name].astype(f"<{kind}", copy=False).tobytes()
         pieces.append(data.ljust(-(-len(data) // 8) * 8, b"\0"))
-    body = b"".join(pieces)
-    if len(body) + _TRAILER_BYTES > INDEX_BYTES_MAX or room > INDEX_HEADER_BYTES_MAX:
+    plain = b"".join(pieces)
+    if len(plain) > INDEX_BYTES_MAX or room > INDEX_HEADER_BYTES_MAX:
         raise ConfigError(
-            f"Layout index: expected at most {INDEX_BYTES_MAX} bytes, found {len(body)}. Use fewer, larger tensors."
+            f"Layout index: expected at most {INDEX_BYTES_MAX} bytes, found {len(plain)}. Use fewer, larger tensors."
         )
+    return _packed(plain)
+
+
+def _packed(plain: bytes) -> bytes:
+    """The file with this content: what follows the head is compressed."""
+    content = plain[_HEAD.size :]
+    stream = zlib.compress(content, 6)
+    if len(content) > _plain_limit(len(stream)):
+        stream = zlib.compress(content, 0)
+    body = plain[: _HEAD.size] + _PLAIN.pack(len(content)) + stream
     return body + struct.pack("<Q", xxhash.xxh3_64_intdigest(body))
 
 
+def _plain_limit(stream_bytes: int) -> int:
+    return min(INDEX_BYTES_MAX, _PLAIN_BYTES_FREE + _PLAIN_RATIO_MAX * stream_bytes)
+
+
+def _unpacked(view: memoryview, key: str) -> memoryview:
+    """Head and decompressed content, as if the file held them so."""
+    (stated,) = _PLAIN.unpack_from(view, _HEAD.size)
+    stream = view[_HEAD.size + _PLAIN.size : -_TRAILER_BYTES]
+    limit = _plain_limit(len(stream))
+    if stated > limit:
+        raise corrupt(key, "content", f"at most {limit} bytes", str(stated))
+    inflater = zlib.decompressobj()
+    try:
+        content = inflater.decompress(stream, stated + 1)
+    except zlib.error as error:
+        raise corrupt(key, "content", "a zlib stream", str(error)) from None
+    if len(content) != stated or not inflater.eof or inflater.unused_data:
+        raise corrupt(key, "content", f"{stated} bytes in one zlib stream", f"{len(content)} bytes, or more data")
+    return memoryview(bytes(view[: _HEAD.size]) + content)
+
+
 def parse_index(data: bytes | bytearray | memoryview, *, key: str) -> LayoutIndex:
-    """The index in the file `key`, all of it checked; the result may refer to `data`, which must not change."""
+    """The index in the file `key`, all of it checked."""
     view = memoryview(data).cast("B")
     _ensure_intact(view, key)
     _, major, minor, header_bytes = _HEAD.unpack_from(view)
@@ -210,8 +246,9 @@ def parse_index(data: bytes | bytearray | memoryview, *, key: str) -> LayoutInde
         )
     if major < 1:
         raise corrupt(key, "version", "1 or newer", str(major))
+    view = _unpacked(view, key)
     end = _HEAD.size + header_bytes
-    if end % 8 or end > len(view) - _TRAILER_BYTES:
+    if end % 8 or end > len(view):
         raise corrupt(key, "header length", f"a multiple of 8 inside the {len(view)} bytes", str(header_bytes))
     header = load_json(view[_HEAD.size : end], key=key, limit=INDEX_HEADER_BYTES_MAX)
     fields = Fields(header, key=key, path="header")
@@ -236,8 +273,9 @@ def _ensure_intact(view: memoryview, key: str) -> None:
     size = len(view)
     if bytes(view[: len(_MAGIC)]) != _MAGIC:
         raise corrupt(key, "magic", shown(_MAGIC), shown(bytes(view[: len(_MAGIC)])))
-    if not _HEAD.size + _TRAILER_BYTES <= size <= INDEX_BYTES_MAX or size % 8:
-        raise corrupt(key, "size", f"a multiple of 8, at most {INDEX_BYTES_MAX}", f"{size} bytes")
+    least = _HEAD.size + _PLAIN.size + _TRAILER_BYTES
+    if not least <= size <= INDEX_BYTES_MAX:
+        raise corrupt(key, "size", f"from {least} to {INDEX_BYTES_MAX}", f"{size} bytes")
     stated = int.from_bytes(view[-_TRAILER_BYTES:], "little")
     actual = xxhash.xxh3_64_intdigest(view[:-_TRAILER_BYTES])
     if stated != actual:
@@ -247,7 +285,7 @@ def _ensure_intact(view: memoryview, key: str) -> None:
 def _read_columns(view: memoryview, fields: Fields, key: str, end: int, *, is_newer: bool) -> Columns:
     table = fields.items("columns", limit=256)
     columns: Columns = {}
-    stop = len(view) - _TRAILER_BYTES
+    stop = len(view)
     for place, (name, kind) in enumerate(_COLUMN_TYPES.items()):
         row: Any = table[place] if place < len(table) else None
         begin = -(-end // 8) * 8
@@ -263,7 +301,7 @@ def _read_columns(view: memoryview, fields: Fields, key: str, end: int, *, is_ne
     if not is_newer:
         if len(table) != len(_COLUMN_TYPES) or -(-end // 8) * 8 != stop:
             raise corrupt(key, "columns", f"the last one to end at {stop}", str(end))
-        _ensure_zeros(view[end:stop], key, "trailer")
+        _ensure_zeros(view[end:stop], key, "the end")
     return columns
 
 

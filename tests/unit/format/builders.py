@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import struct
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -101,6 +102,16 @@ def grid_chunks(shape: Sequence[int], parts: Sequence[int], *, begin: int = 4096
         Chunk(tuple(a * b for a, b in zip(place, steps, strict=True)), tuple(steps), file, begin)
         for file, place in enumerate(places)
     ]
+
+
+def pack_index(plain: bytes) -> bytes:
+    """The index file for a head, a JSON header and columns as they stand in the decompressed content."""
+    return forge_trailer(plain[:16] + struct.pack("<Q", len(plain) - 16) + zlib.compress(plain[16:]))
+
+
+def unpack_index(data: bytes) -> bytes:
+    """Head and content of an index file."""
+    return data[:16] + zlib.decompress(data[24:-8])
 
 
 def an_index() -> LayoutIndex:

@@ -6,6 +6,7 @@ import struct
 import subprocess
 import sys
 import time
+import zlib
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from tests.unit.format.builders import (
     forge_sealed,
     forge_shard,
     forge_trailer,
+    pack_index,
 )
 
 KEY = "hostile.file"
@@ -88,7 +90,7 @@ def index_with(header: dict, tail: bytes = b"") -> bytes:
     """An index file with this header and these bytes as its columns."""
     text = json.dumps(header).encode()
     text = text.ljust((len(text) + 7) // 8 * 8)
-    return forge_trailer(struct.pack("<8sHHI", b"\x89dckIDX\n", 1, 0, len(text)) + text + tail)
+    return pack_index(struct.pack("<8sHHI", b"\x89dckIDX\n", 1, 0, len(text)) + text + tail)
 
 
 def index_of_counts(count: int) -> bytes:
@@ -97,7 +99,13 @@ def index_of_counts(count: int) -> bytes:
     table = [["names", "u1", 16 + header_room, count]]
     header = {"tensors": count, "chunks": count, "grids": 0, "files": [], "dtypes": [], "columns": table}
     text = json.dumps(header).encode().ljust(header_room)
-    return forge_trailer(struct.pack("<8sHHI", b"\x89dckIDX\n", 1, 0, header_room) + text)
+    return pack_index(struct.pack("<8sHHI", b"\x89dckIDX\n", 1, 0, header_room) + text)
+
+
+def index_bomb(claimed: int) -> bytes:
+    """An index whose content decompresses to 256 MiB of zeros, and which claims `claimed` bytes."""
+    stream = zlib.compress(bytes(2**28), 9)
+    return forge_trailer(struct.pack("<8sHHIQ", b"\x89dckIDX\n", 1, 0, 8, claimed) + stream)
 
 
 ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
@@ -139,10 +147,14 @@ HOSTILE = {
     "index, huge counts": ("index", lambda: index_of_counts(2**61)),
     "index, counts that overflow": ("index", lambda: index_of_counts(2**64)),
     "index, negative counts": ("index", lambda: index_of_counts(-1)),
-    "index, huge header": ("index", lambda: forge_trailer(struct.pack("<8sHHI", b"\x89dckIDX\n", 1, 0, 2**32 - 8))),
+    "index, huge header": ("index", lambda: pack_index(struct.pack("<8sHHI", b"\x89dckIDX\n", 1, 0, 2**32 - 8))),
+    "index, no content": ("index", lambda: forge_trailer(struct.pack("<8sHHI", b"\x89dckIDX\n", 1, 0, 8))),
+    "index, bomb": ("index", lambda: index_bomb(2**28)),
+    "index, bomb that claims little": ("index", lambda: index_bomb(1024)),
+    "index, bomb that claims all": ("index", lambda: index_bomb(2**64 - 1)),
     "index, deep header": (
         "index",
-        lambda: forge_trailer(struct.pack("<8sHHI", b"\x89dckIDX\n", 1, 0, 2_000_000) + b"[" * 2_000_000),
+        lambda: pack_index(struct.pack("<8sHHI", b"\x89dckIDX\n", 1, 0, 2_000_000) + b"[" * 2_000_000),
     ),
     "index, no columns": (
         "index",
@@ -312,7 +324,7 @@ def test_an_index_of_the_largest_claims_allocates_nothing_of_them():
     header = json.dumps(
         {"tensors": num, "chunks": 0, "grids": 0, "files": [], "dtypes": ["F32"], "columns": table}
     ).encode()
-    data = forge_trailer(struct.pack("<8sHHI", b"\x89dckIDX\n", 1, 0, room) + header.ljust(room) + tail)
+    data = pack_index(struct.pack("<8sHHI", b"\x89dckIDX\n", 1, 0, room) + header.ljust(room) + tail)
 
     with pytest.raises(CorruptCheckpointError) as caught:
         parse_index(data, key=KEY)

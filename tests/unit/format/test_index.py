@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from dckpt.errors import ConfigError, CorruptCheckpointError, FormatVersionError
-from dckpt.format.index import Chunk, LayoutIndex, TensorMeta, build_index, encode_index, parse_index
-from tests.unit.format.builders import an_index, forge_trailer, grid_chunks, shard_names
+from dckpt.format.index import Chunk, Grid, LayoutIndex, TensorMeta, build_index, encode_index, parse_index
+from tests.unit.format.builders import an_index, forge_trailer, grid_chunks, pack_index, shard_names, unpack_index
 
 KEY = "step-0000001200.g0007/layout-x.index"
 COLUMNS = {
@@ -24,6 +24,9 @@ NO_GRIDS = {"data_begin": [], "grid_ndim": [], "grid_levels": [], "grid_parts": 
 
 def read_as_a_stranger(data: bytes):
     """(header, columns as lists) by the tables of FORMAT.md, section 7, and nothing else."""
+    (content_bytes,) = struct.unpack_from("<Q", data, 16)
+    data = unpack_index(data)
+    assert len(data) == 16 + content_bytes
     magic, major, minor, header_bytes = struct.unpack_from("<8sHHI", data)
     assert (magic, major, minor) == (b"\x89dckIDX\n", 1, 0)
     header = json.loads(data[16 : 16 + header_bytes])
@@ -33,7 +36,7 @@ def read_as_a_stranger(data: bytes):
         assert begin == (end + 7) // 8 * 8
         columns[name] = np.frombuffer(data, f"<{kind}", count, begin).tolist()
         end = begin + count * int(kind[1:])
-    assert (end + 7) // 8 * 8 == len(data) - 8
+    assert (end + 7) // 8 * 8 == len(data)
     return header, columns
 
 
@@ -52,7 +55,7 @@ def write_as_a_stranger(header: dict, columns: dict, *, minor: int = 0) -> bytes
     for name, kind in COLUMNS.items():
         data = np.array(columns[name], dtype=f"<{kind}").tobytes()
         body += data.ljust((len(data) + 7) // 8 * 8, b"\0")
-    return forge_trailer(body)
+    return pack_index(body)
 
 
 def test_an_index_answers_for_every_tensor_and_round_trips():
@@ -333,13 +336,46 @@ def test_versions_are_told_from_damage():
 
 
 def test_bytes_between_the_columns_are_zero():
-    body = bytearray(encode_index(an_index())[:-8])
+    body = bytearray(unpack_index(encode_index(an_index())))
     (header_bytes,) = struct.unpack_from("<I", body, 12)
     header = json.loads(body[16 : 16 + header_bytes])
     _, _, begin, count = header["columns"][0]
     body[begin + count] = 1
     with pytest.raises(CorruptCheckpointError, match="name_ends: expected zeros"):
-        parse_index(forge_trailer(bytes(body)), key=KEY)
+        parse_index(pack_index(bytes(body)), key=KEY)
+
+
+def stream_of(index_file: bytes) -> bytes:
+    return index_file[24:-8]
+
+
+@pytest.mark.parametrize(
+    ("content_bytes", "stream", "found"),
+    [
+        (-1, lambda good: good, "or more data"),
+        (+1, lambda good: good, "or more data"),
+        (0, lambda good: good[:-1], "or more data"),
+        (0, lambda good: good + b"x", "or more data"),
+        (0, lambda good: good + good, "or more data"),
+        (0, lambda good: b"\xff" + good[1:], "header"),
+        (2**62, lambda good: good, str(2**62)),
+    ],
+)
+def test_a_content_of_another_length_or_a_broken_stream_is_refused(content_bytes, stream, found):
+    good = encode_index(an_index())
+    (stated,) = struct.unpack_from("<Q", good, 16)
+    body = good[:16] + struct.pack("<Q", min(stated + content_bytes, 2**62)) + stream(stream_of(good))
+    with pytest.raises(CorruptCheckpointError, match="content") as caught:
+        parse_index(forge_trailer(body), key=KEY)
+    assert found in str(caught.value.found)
+
+
+def test_an_index_of_many_names_shrinks_to_a_small_part():
+    tensors = {f"model.layers.{n}.weight": ("F32", (256,), Grid((), (0,))) for n in range(5000)}
+    data = encode_index(build_index(["rank00000.safetensors"], tensors, data_begins=[4096]))
+
+    assert len(data) < 12 * len(tensors)
+    assert len(unpack_index(data)) > 40 * len(tensors)
 
 
 def seconds_of(action) -> float:

@@ -32,7 +32,7 @@ from dckpt.ranks.session import Session
 from dckpt.ranks.topology import Topology
 
 PROCESSES = 2
-LEADERS_A_PROCESS = 8
+LEADERS_A_PROCESS = 4
 DEADLINE_S = 600.0  # as a Checkpointer's
 ANSWER_BYTES_MAX = 2**31
 _TCP_INFO_BYTES = 136

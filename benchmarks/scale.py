@@ -6,7 +6,7 @@ The coordinator is real: its `TrainState` (FSDP2, tensor parallelism and AdamW b
 saver, store, directory, commit and retention. The other ranks say through real sessions what they would say, and their files
 have the right sizes and no contents. Layouts: FSDP2 over all ranks; HSDP with 8 replicas; FSDP2 over tensor parallelism of 8;
 8 pipeline stages of FSDP2. Below 4,096 ranks the model has as many tensors, each narrower. Needs about 2 GB of memory and
-5 GB of disk. The job's own work (capture, staging, writing) is told apart from the coordinator's.
+5 GB of disk; saves are blocking. The job's own work (capture, staging, writing) is told apart from the coordinator's.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def table(record: dict[str, Any]) -> str:
     ]
     lines.append(f"{'manifest, bytes':52}{_cells(layout['open_same_ranks']['manifest_bytes'] for layout in layouts)}")
     memory = _cells(layout["coordinator_memory_bytes"] for layout in layouts)
-    lines.append(f"{'memory of the coordinator beside its image, bytes':52}{memory}")
+    lines.append(f"{'memory that saves take on the coordinator, bytes':52}{memory}")
     return "\n".join(lines)
 
 

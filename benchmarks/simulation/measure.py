@@ -28,9 +28,8 @@ def measure(layout: str, ranks: int, rounds: int, layers: int, root: str) -> dic
         before_bytes = _resident_bytes()
         first = coordinator.save()
         steady = [coordinator.save() for _ in range(rounds)]
-        state, image_bytes = coordinator.state, coordinator.image_bytes
-        memory_bytes = _peak_bytes() - before_bytes - image_bytes
-        same = _openings(coordinator.storage, state, source_rank=0)
+        memory_bytes = _peak_bytes() - before_bytes
+        same = _openings(coordinator.storage, coordinator.state, source_rank=0)
     # In a process of its own: torch keeps meshes, and a rank never becomes another one.
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         other = pool.apply(_open_elsewhere, (root, layout, ranks // 2, ranks // 6, sizes))
@@ -44,7 +43,7 @@ def measure(layout: str, ranks: int, rounds: int, layers: int, root: str) -> dic
         "open_same_ranks": _opened(same),
         "open_half_the_ranks": _opened(other),
         "coordinator_memory_bytes": memory_bytes,
-        "image_bytes": image_bytes,
+        "file_bytes_of_a_rank": coordinator.file_bytes,
     }
     return record | {"asked_for": _judge(record)}
 

@@ -56,7 +56,6 @@ OWN_PARTS = (
     ("describe", "dckpt.engine.saver", "describe_state"),
     ("ticket", "dckpt.engine.agreement:PlanAgreement", "ticket"),
     ("plan files", "dckpt.engine.agreement:PlanAgreement", "adopt"),
-    ("stage", "dckpt.engine.saver", "stage"),
 )
 
 
@@ -188,7 +187,7 @@ class Coordinator:
         )
         roles = roles_of(self._layout, ranks, self._sizes)
         files = files_of(roles, axes, shape)
-        self.image_bytes = files.sizes[0]
+        self.file_bytes = files.sizes[0]
         self.num_tensors = len(roles[0].structure.rows)
         self.state_bytes = sum({row.name: row.nbytes for role in roles for row in role.structure.rows}.values())
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -222,7 +221,7 @@ class Coordinator:
         exchanges = _Exchanges()
         with exchanges.watching():
             self.crowd.start()
-            request = SaveRequest(step, 0, {})
+            request = SaveRequest(step, 0, {}, is_blocking=True)  # from live tensors: no image takes memory
             self.saver.start(self.state, request, pending, self.saver.committer.finish, started_s=time.monotonic())
         traffic = self.crowd.finish()
         assert pending.wait() == "committed", pending.error

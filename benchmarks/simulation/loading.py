@@ -17,9 +17,10 @@ from dckpt.storage.base import Storage
 
 @dataclass(frozen=True)
 class Opening:
-    """Seconds by part, and what the rank found."""
+    """Processor seconds by part, seconds by the clock, and what the rank found."""
 
     parts: dict[str, float]
+    clock_s: float
     num_reads: int
     num_files: int
     bytes_read: int
@@ -51,8 +52,10 @@ def open_on_one_rank(storage: Storage, state: TrainState, *, source_rank: int | 
     with watch.timed("plan the spans"):
         spans = plan_spans(reads)
     files.close()
+    clock, cpu = watch.take()
     return Opening(
-        parts=watch.take(),
+        parts=cpu,
+        clock_s=sum(clock.values()),
         num_reads=len(reads),
         num_files=len({span.file for span in spans}),
         bytes_read=sum(span.end - span.begin for span in spans),

@@ -60,10 +60,10 @@ def _open_elsewhere(root: str, layout: str, ranks: int, rank: int, sizes: Llama)
 def _saves(saves: Sequence[Save]) -> dict[str, Any]:
     last = saves[-1].traffic
     return {
-        "coordinator_s": statistics.median(save.coordinator_s for save in saves),
-        "of_it_s": _medians(save.parts for save in saves) | {"exchange_cpu": _median(s.exchange_cpu_s for s in saves)},
-        "waiting_for_exchanges_s": _median(save.exchange_wall_s for save in saves),
-        "every_rank_s": _medians(save.own for save in saves),
+        "cpu_s": _median(save.coordinator_cpu_s for save in saves),
+        "clock_s": _median(save.coordinator_s for save in saves),
+        "of_it_cpu_s": _medians(save.parts for save in saves) | {"exchanges": _median(s.exchange_cpu_s for s in saves)},
+        "every_rank_cpu_s": _medians(save.own for save in saves),
         "payload_bytes": last.payload_bytes,
         "answer_bytes": last.answer_bytes,
         "exchange_bytes": sum(last.payload_bytes.values()) + sum(last.answer_bytes.values()),
@@ -75,9 +75,10 @@ def _saves(saves: Sequence[Save]) -> dict[str, Any]:
 def _opened(openings: Sequence[Opening]) -> dict[str, Any]:
     last = openings[-1]
     return {
-        "seconds": _median(sum(opening.parts.values()) for opening in openings),
-        "of_it_s": _medians(opening.parts for opening in openings),
-        "first_time_s": sum(openings[0].parts.values()),
+        "cpu_s": _median(sum(opening.parts.values()) for opening in openings),
+        "clock_s": _median(opening.clock_s for opening in openings),
+        "of_it_cpu_s": _medians(opening.parts for opening in openings),
+        "first_time_cpu_s": sum(openings[0].parts.values()),
         "reads": last.num_reads,
         "files": last.num_files,
         "bytes_to_read": last.bytes_read,
@@ -89,11 +90,11 @@ def _opened(openings: Sequence[Opening]) -> dict[str, Any]:
 def _judge(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     steady = record["steady_save"]
     return [
-        _line("coordinator, steady state, s", steady["coordinator_s"], COORDINATOR_S),
+        _line("coordinator, steady state, CPU s", steady["cpu_s"], COORDINATOR_S),
         _line("exchange of a rank, steady state, bytes", steady["exchange_bytes"], EXCHANGE_BYTES),
         _line("layout index, bytes", record["open_same_ranks"]["index_bytes"], INDEX_BYTES),
-        _line("one rank finds its chunks, s", record["open_same_ranks"]["seconds"], FIND_S),
-        _line("one rank of half as many finds its chunks, s", record["open_half_the_ranks"]["seconds"], FIND_S),
+        _line("one rank finds its chunks, CPU s", record["open_same_ranks"]["cpu_s"], FIND_S),
+        _line("one rank of half as many finds its chunks, CPU s", record["open_half_the_ranks"]["cpu_s"], FIND_S),
     ]
 
 

@@ -50,6 +50,7 @@ PARTS = (
     ("publish", "dckpt.catalog.transaction:Transaction", "publish"),
     ("retention", "dckpt.engine.keeper:Keeper", "apply"),
 )
+DECIDING = "decisions of the exchanges"
 OWN_PARTS = (
     # What every rank does for itself.
     ("capture", "dckpt.state.train_state:TrainState", "capture"),
@@ -61,51 +62,48 @@ OWN_PARTS = (
 
 @dataclass(frozen=True)
 class Save:
-    """One save: seconds by part, seconds of the exchanges by what they were, and what went over the wire."""
+    """One save: processor seconds by part, and what went over the wire.
+
+    coordinator_s: what the coordinator alone does, by the clock: decisions, commit, retention. coordinator_cpu_s: the same
+    in processor seconds, and with its process's share of the exchanges (the store's server included), `exchange_cpu_s`.
+    """
 
     parts: dict[str, float]
     own: dict[str, float]
-    deciding: dict[str, float]
+    coordinator_s: float
+    coordinator_cpu_s: float
     exchange_cpu_s: float
-    exchange_wall_s: float
     traffic: Traffic
-
-    @property
-    def coordinator_s(self) -> float:
-        """Seconds that the coordinator works for the others: its decisions, the commit, retention, and the CPU time of
-        its side of the exchanges (server included)."""
-        after = sum(self.parts.get(name, 0.0) for name in ("publish", "retention"))
-        return sum(self.deciding.values()) + after + self.exchange_cpu_s
 
 
 class _Exchanges:
-    """Watches the exchanges of a session: decisions apart from the rest, whose CPU time counts for the whole process."""
+    """Watches the exchanges of a session: the decisions go to `watch`, the rest is counted for the whole process."""
 
-    def __init__(self) -> None:
-        self.deciding: dict[str, float] = {}
+    def __init__(self, watch: Stopwatch) -> None:
         self.cpu_s = 0.0
-        self.wall_s = 0.0
+        self._watch = watch
 
     @contextmanager
     def watching(self) -> Iterator[None]:
+        """While the body runs."""
         original = Session.exchange
 
         @functools.wraps(original)
         def exchange(session: Session, phase: str, payload: bytes, decide: Any, **options: Any) -> bytes:
-            deciding = [0.0, 0.0]
+            deciding_s = 0.0
 
             def timed(payloads: list[bytes]) -> bytes:
-                cpu, wall = time.process_time(), time.perf_counter()
+                nonlocal deciding_s
+                begin = time.process_time()
                 try:
-                    return decide(payloads)
+                    with self._watch.timed(DECIDING):
+                        return decide(payloads)
                 finally:
-                    deciding[:] = time.process_time() - cpu, time.perf_counter() - wall
+                    deciding_s = time.process_time() - begin
 
-            cpu, wall = time.process_time(), time.perf_counter()
+            begin = time.process_time()
             found = original(session, phase, payload, timed, **options)
-            self.deciding[phase] = deciding[1]
-            self.cpu_s += time.process_time() - cpu - deciding[0]
-            self.wall_s += time.perf_counter() - wall - deciding[1]
+            self.cpu_s += time.process_time() - begin - deciding_s
             return found
 
         Session.exchange = exchange  # type: ignore[method-assign]
@@ -218,19 +216,20 @@ class Coordinator:
         pending = PendingSave(step)
         self.crowd.prepare(self._number, step)
         self._watch.take()
-        exchanges = _Exchanges()
+        exchanges = _Exchanges(self._watch)
         with exchanges.watching():
             self.crowd.start()
             request = SaveRequest(step, 0, {}, is_blocking=True)  # from live tensors: no image takes memory
             self.saver.start(self.state, request, pending, self.saver.committer.finish, started_s=time.monotonic())
         traffic = self.crowd.finish()
         assert pending.wait() == "committed", pending.error
-        seconds = self._watch.take()
+        clock, cpu = self._watch.take()
+        alone = (DECIDING, "publish", "retention")
         return Save(
-            parts={name: seconds[name] for name, _, _ in PARTS if name in seconds},
-            own={name: seconds[name] for name, _, _ in OWN_PARTS if name in seconds},
-            deciding=exchanges.deciding,
+            parts={name: cpu[name] for name, _, _ in PARTS if name in cpu},
+            own={name: cpu[name] for name, _, _ in OWN_PARTS if name in cpu},
+            coordinator_s=sum(clock[name] for name in alone),
+            coordinator_cpu_s=sum(cpu[name] for name in alone) + exchanges.cpu_s,
             exchange_cpu_s=exchanges.cpu_s,
-            exchange_wall_s=exchanges.wall_s,
             traffic=traffic,
         )

@@ -11,27 +11,30 @@ from typing import Any
 
 
 class Stopwatch:
-    """Seconds by name since the last `take`. One thread at a time is watched: the one that calls the parts."""
+    """Seconds by name since the last `take`: of the clock, and of the processor (the calling thread's).
+
+    One thread at a time is watched: the one that calls the parts. Where other programs share the machine, the processor's
+    seconds say what the work is, and the clock's how long it took that day.
+    """
 
     def __init__(self) -> None:
-        self._seconds: dict[str, float] = {}
-
-    def add(self, name: str, seconds: float) -> None:
-        """Adds to what `name` took."""
-        self._seconds[name] = self._seconds.get(name, 0.0) + seconds
+        self._clock: dict[str, float] = {}
+        self._cpu: dict[str, float] = {}
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
         """Adds the time of the body to `name`."""
-        begin = time.perf_counter()
+        clock, cpu = time.perf_counter(), time.thread_time()
         try:
             yield
         finally:
-            self.add(name, time.perf_counter() - begin)
+            self._clock[name] = self._clock.get(name, 0.0) + time.perf_counter() - clock
+            self._cpu[name] = self._cpu.get(name, 0.0) + time.thread_time() - cpu
 
-    def take(self) -> dict[str, float]:
-        """Everything so far, and starts anew."""
-        found, self._seconds = self._seconds, {}
+    def take(self) -> tuple[dict[str, float], dict[str, float]]:
+        """(clock, processor) so far, and starts anew."""
+        found = self._clock, self._cpu
+        self._clock, self._cpu = {}, {}
         return found
 
     @contextmanager

@@ -6,6 +6,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement
 
 from dckpt.dcp.chunks import LocalChunk, local_chunks, tensor_digest
@@ -81,7 +82,8 @@ def _describe(
     if before is not None and before.signature == signature:
         return before
     meshes: dict[MeshTable, int] = {}
-    rows = tuple(_row(item, held, meshes) for item, held in zip(tensors, chunks, strict=True))
+    tables: dict[DeviceMesh, MeshTable] = {}
+    rows = tuple(_row(item, held, meshes, tables) for item, held in zip(tensors, chunks, strict=True))
     return Described(signature, Structure(rows), Meshes(tuple(meshes)))
 
 
@@ -93,7 +95,12 @@ def _signature(item: NamedTensor, chunks: Sequence[LocalChunk]) -> Hashable:
     return (item.name, item.replication, item.is_frozen, tensor.dtype, tensor.shape, layout, boxes)
 
 
-def _row(item: NamedTensor, chunks: Sequence[LocalChunk], meshes: dict[MeshTable, int]) -> TensorRow:
+def _row(
+    item: NamedTensor,
+    chunks: Sequence[LocalChunk],
+    meshes: dict[MeshTable, int],
+    tables: dict[DeviceMesh, MeshTable],
+) -> TensorRow:
     tensor = item.tensor
     shape = tuple(tensor.shape)
     row = TensorRow(
@@ -106,8 +113,10 @@ def _row(item: NamedTensor, chunks: Sequence[LocalChunk], meshes: dict[MeshTable
     if not isinstance(tensor, DTensor):
         return row
     boxes = tuple((chunk.offsets, chunk.sizes) for chunk in chunks)
-    table = MeshTable(tuple(tensor.device_mesh.shape), tuple(tensor.device_mesh.mesh.flatten().tolist()))
-    return cut_row(row, table, tensor.placements, tensor.device_mesh.get_coordinate(), boxes, meshes)
+    mesh = tensor.device_mesh
+    if mesh not in tables:  # as long as the job has ranks: made for each mesh, not for each tensor
+        tables[mesh] = MeshTable(tuple(mesh.shape), tuple(mesh.mesh.flatten().tolist()))
+    return cut_row(row, tables[mesh], tensor.placements, mesh.get_coordinate(), boxes, meshes)
 
 
 def cut_row(

@@ -189,9 +189,11 @@ class LayoutIndex:
         """Each grid that is used, with the tensors that use it."""
         numbers = self.columns["grid"]
         order = np.argsort(numbers, kind="stable")
-        ordered = numbers[order]
-        for grid in np.unique(ordered[ordered >= 0]).tolist():
-            yield grid, order[np.searchsorted(ordered, grid, "left") : np.searchsorted(ordered, grid, "right")]
+        grids_used, begins = np.unique(numbers[order], return_index=True)
+        ends = np.append(begins, len(order))[1:]
+        for grid, begin, end in zip(grids_used.tolist(), begins.tolist(), ends.tolist(), strict=True):
+            if grid >= 0:
+                yield grid, order[begin:end]
 
     def _heads_and_tails(self, rows: index_checks.Ints, dimensions: int) -> tuple[index_checks.Ints, index_checks.Ints]:
         """Of these tensors the first `dimensions`, and the product of the others."""
@@ -275,10 +277,11 @@ class LayoutIndex:
         return self._known_totals
 
     def _sum_up(self) -> tuple[list[int], int]:
-        in_grids = np.zeros(len(self.files), dtype=np.int64)
-        num_chunks = 0
+        in_grids, num_chunks = self._sum_up_whole()
         for grid, rows in self._rows_by_grid():
             levels = self._placed.grid_levels[grid]
+            if not levels:
+                continue
             heads, tails = self._heads_and_tails(rows, len(levels))
             totals, count = grids.grid_totals(heads, tails, self._placed.item_bytes[rows], levels)
             begin, end = self._placed.cell_begins[grid : grid + 2].tolist()
@@ -294,6 +297,18 @@ class LayoutIndex:
             by_order = self.columns["data_begin"].astype(np.int64) + sums
             stops = np.where(in_grids > 0, by_order, stops)
         return [int(stop) for stop in stops], num_chunks
+
+    def _sum_up_whole(self) -> tuple[index_checks.Ints, int]:
+        """Of tensors in one piece (records of ranks, each a grid of its own): bytes in each file, how many are not empty."""
+        is_whole = np.array([not levels for levels in self._placed.grid_levels], dtype=np.bool_)
+        numbers = self.columns["grid"]
+        rows = np.flatnonzero(numbers >= 0)
+        rows = rows[is_whole[numbers[rows]]]
+        _, elements = self._heads_and_tails(rows, 0)
+        totals = np.zeros(len(self.files), dtype=np.int64)
+        files = self.columns["cells"][self._placed.cell_begins[numbers[rows]]]
+        np.add.at(totals, files, elements * self._placed.item_bytes[rows])
+        return totals, int(np.count_nonzero(elements))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -103,6 +103,9 @@ class Decision:
     records: dict[str, list[tuple[tuple[int, ...], TensorRow]]] = field(default_factory=dict)  # per-rank tensors
 
 
+_Regular: TypeAlias = tuple[tuple[Levels, ...], Ranks]
+
+
 @dataclass(frozen=True, slots=True)
 class _Piece:
     """One class's view of a tensor."""
@@ -132,6 +135,7 @@ def decide_layout(
     decision = Decision()
     writers = _Writers(len(values))
     irregular: dict[str, list[_Piece]] = {}
+    grids = _Grids()
     shared: list[tuple[int, str, tuple[Levels, ...], Ranks]] = []
     for name, found in pieces.items():
         row = found[0].row
@@ -139,7 +143,7 @@ def decide_layout(
         if name in rank_tensors:
             decision.records[name] = [(piece.ranks.ranks, piece.row) for piece in found]
             continue
-        regular = _regular(found)
+        regular = grids.of(found)
         if regular is None:
             irregular[name] = found
             continue
@@ -194,10 +198,24 @@ class _Writers:
         return self.as_tuple(column)
 
 
-def _regular(found: Sequence[_Piece]) -> tuple[tuple[Levels, ...], Ranks] | None:
-    """(levels, holders of each cell by replica) if every class cuts the tensor into the same grid; else None."""
-    if any(piece.row.boxes is not None for piece in found):
-        return None
+class _Grids:
+    """The grid of each tensor, worked out once for all tensors that the same classes cut in the same way."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[tuple[int, Cut | None], ...], _Regular | None] = {}
+
+    def of(self, found: Sequence[_Piece]) -> _Regular | None:
+        """(levels, holders of each cell by replica) if every class cuts the tensor into the same grid; else None."""
+        if any(piece.row.boxes is not None for piece in found):
+            return None
+        key = tuple((id(piece.ranks), piece.row.cut) for piece in found)
+        if key not in self._known:
+            self._known[key] = _regular(found)
+        return self._known[key]
+
+
+def _regular(found: Sequence[_Piece]) -> _Regular | None:
+    """As `_Grids.of`, for a tensor that no class holds in listed boxes."""
     if all(piece.row.cut is None for piece in found):
         ranks = sorted(rank for piece in found for rank in piece.ranks.ranks)
         return (), np.array([ranks], dtype=np.int64)

@@ -60,12 +60,20 @@ class TensorRow:
         return math.prod(self.shape) * self.item_bytes
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class MeshTable:
     """Which rank stands at which place of a device mesh: `ranks` row-major."""
 
     shape: tuple[int, ...]
     ranks: tuple[int, ...]
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.shape, self.ranks))
+
+    def __hash__(self) -> int:
+        # Asked for once a tensor; the ranks are as many as the job has.
+        return self._hash
 
 
 @dataclass(frozen=True)

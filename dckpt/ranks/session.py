@@ -53,8 +53,15 @@ log = logging.getLogger(__name__)
 
 WARN_AFTER_S = 30.0  # a mistake such as `if rank == 0: save()` should not stay silent until the deadline
 SLICE_S = 0.5  # between two looks at verdict and heartbeats while a rank waits
+LOOKS_PER_S = 1024  # of all waiting ranks together: what a wait costs the coordinator must not grow with the ranks
 ERROR_GRACE_S = 1.0  # how long the coordinator waits for further ranks once one has reported a failure
 _COMMIT_PHASE = "commit"
+
+
+def slice_s(topology: Topology, deadline_s: float) -> float:
+    """Seconds between two looks of a waiting rank. A door that opens wakes it at once; only trouble is seen this late."""
+    crowded = 0.0 if topology.is_coordinator else topology.world_size / LOOKS_PER_S
+    return min(max(SLICE_S, crowded), deadline_s / 6)
 
 
 class Session:
@@ -88,7 +95,7 @@ class Session:
         self._call, self._deadline_s, self._total_s = call, deadline_s, total_s
         self._consequence = consequence
         self._opened_at = time.monotonic()
-        self._slice_s = min(SLICE_S, deadline_s / 6)
+        self._slice_s = slice_s(topology, deadline_s)
         self._heartbeat = Heartbeat(deadline_s, topology.world_size)
         self._number = 0
         self._phase = "start"

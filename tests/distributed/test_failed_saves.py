@@ -268,7 +268,7 @@ def test_a_load_that_fails_half_way_forbids_saves_until_a_load_succeeds(
     before = [parameter.detach().clone() for parameter in run.model.parameters()]
     with dckpt.Checkpointer(tmp_path / "run", signals=()) as checkpointer:
         storage: Any = checkpointer._storage
-        healthy, failing = storage._posix, FailingReads(at=20)
+        healthy, failing = storage._posix, FailingReads(at=10)
         storage._posix = failing
         with pytest.raises((StorageError, dckpt.PeerFailedError), match="Input/output error"):
             checkpointer.resume(run.state)

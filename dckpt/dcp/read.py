@@ -40,7 +40,14 @@ class CheckpointFiles:
     `tally` counts every byte that is read through it, checksums included.
     """
 
-    def __init__(self, storage: Storage, checkpoint: str, manifest: Manifest, index: LayoutIndex) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        checkpoint: str,
+        manifest: Manifest,
+        index: LayoutIndex,
+        tally: ByteTally | None = None,
+    ) -> None:
         self._storage = storage
         self._checkpoint = checkpoint
         self._manifest = manifest
@@ -50,7 +57,7 @@ class CheckpointFiles:
         self._open: OrderedDict[int, VerifiedFile] = OrderedDict()
         self._workers = ByteWorkers(READER_THREADS)
         self._lock = threading.Lock()
-        self.tally = ByteTally()
+        self.tally = tally or ByteTally()
 
     def __enter__(self) -> CheckpointFiles:
         return self

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from dckpt.blocks.scatter import Landing
-from dckpt.dcp.chunks import local_chunks
+from dckpt.dcp.chunks import LocalChunk, local_chunks
 from dckpt.format.checksum import BLOCK_BYTES
 from dckpt.format.index import Chunk, LayoutIndex
 from dckpt.format.shard_file import DTYPES
@@ -45,25 +45,29 @@ class BoxRead:
     target: torch.Tensor  # plain, shape region_sizes
 
 
-def plan_tensor_reads(name: str, index: LayoutIndex, tensor: torch.Tensor) -> list[BoxRead]:
-    """The reads that fill this rank's part of `tensor` from the chunks of the saved tensor `name` (same global shape)."""
-    meta = index.meta(name)
-    reads = []
-    for box in local_chunks(name, tensor):
-        for chunk in index.chunks_overlapping(name, box.offsets, box.sizes):
-            if (chunk.offsets, chunk.sizes) == (box.offsets, box.sizes):
-                reads.append(BoxRead(chunk, meta.dtype, (0,) * len(box.sizes), box.sizes, box.tensor))
-                continue
-            shared = _intersect(box.offsets, box.sizes, chunk.offsets, chunk.sizes)
-            if shared is None:
-                continue
-            offsets, sizes = shared
-            target = box.tensor[
-                tuple(slice(o - b, o - b + s) for o, b, s in zip(offsets, box.offsets, sizes, strict=True))
-            ]
-            inside = tuple(o - c for o, c in zip(offsets, chunk.offsets, strict=True))
-            reads.append(BoxRead(chunk, meta.dtype, inside, sizes, target))
-    return reads
+def plan_reads(tensors: Iterable[tuple[str, torch.Tensor]], index: LayoutIndex) -> list[BoxRead]:
+    """The reads that fill this rank's part of each tensor from the chunks of the saved one (name, same global shape)."""
+    return [
+        read
+        for name, tensor in tensors
+        for box in local_chunks(name, tensor)
+        for read in _reads_of_box(name, box, index)
+    ]
+
+
+def _reads_of_box(name: str, box: LocalChunk, index: LayoutIndex) -> Iterator[BoxRead]:
+    dtype = index.meta(name).dtype
+    for chunk in index.chunks_overlapping(name, box.offsets, box.sizes):
+        if (chunk.offsets, chunk.sizes) == (box.offsets, box.sizes):
+            yield BoxRead(chunk, dtype, (0,) * len(box.sizes), box.sizes, box.tensor)
+            continue
+        shared = _intersect(box.offsets, box.sizes, chunk.offsets, chunk.sizes)
+        if shared is None:
+            continue
+        offsets, sizes = shared
+        target = box.tensor[tuple(slice(o - b, o - b + s) for o, b, s in zip(offsets, box.offsets, sizes, strict=True))]
+        inside = tuple(o - c for o, c in zip(offsets, chunk.offsets, strict=True))
+        yield BoxRead(chunk, dtype, inside, sizes, target)
 
 
 def _intersect(
@@ -189,7 +193,9 @@ def _cut(piece: Landing | Fill, at: int) -> tuple[Landing | Fill, Landing | Fill
     )
 
 
-def _pieces(read: BoxRead) -> Iterator[Landing | Fill]:
+def _pieces(read: BoxRead) -> Iterable[Landing | Fill]:
+    if read.region_sizes == read.chunk.sizes and read.target.is_contiguous():
+        return (_run(read.chunk.begin, read.dtype, read.target.detach()),)
     return _cut_box(
         read.chunk.begin, read.dtype, read.chunk.sizes, read.region_offsets, read.region_sizes, read.target.detach()
     )

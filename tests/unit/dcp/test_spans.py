@@ -18,8 +18,8 @@ from dckpt.dcp.spans import (
     STRAIGHT_BYTES_MIN,
     BoxRead,
     Span,
+    plan_reads,
     plan_spans,
-    plan_tensor_reads,
 )
 from dckpt.format.checksum import BLOCK_BYTES
 from dckpt.format.index import Chunk, build_index
@@ -134,7 +134,7 @@ def test_any_box_of_any_layout_is_filled_with_its_own_values(data):
     }
     live = torch.full(shape, -1.0)
 
-    _run(plan_spans(plan_tensor_reads("w", index, live)), files)
+    _run(plan_spans(plan_reads([("w", live)], index)), files)
 
     assert torch.equal(live, whole)
 

@@ -51,11 +51,12 @@ def plan_reads(tensors: Iterable[tuple[str, torch.Tensor]], index: LayoutIndex) 
         read
         for name, tensor in tensors
         for box in local_chunks(name, tensor)
-        for read in _reads_of_box(name, box, index)
+        for read in reads_of_box(name, box, index)
     ]
 
 
-def _reads_of_box(name: str, box: LocalChunk, index: LayoutIndex) -> Iterator[BoxRead]:
+def reads_of_box(name: str, box: LocalChunk, index: LayoutIndex) -> Iterator[BoxRead]:
+    """The reads that fill one box of the saved tensor `name`."""
     dtype = index.meta(name).dtype
     for chunk in index.chunks_overlapping(name, box.offsets, box.sizes):
         if (chunk.offsets, chunk.sizes) == (box.offsets, box.sizes):

@@ -10,10 +10,14 @@ import torch
 from dckpt.blocks.buffer import whole_pages
 from dckpt.blocks.read import ReadMemory
 from dckpt.dcp.chunks import tensor_from_bytes
-from dckpt.dcp.spans import Fill, Span
+from dckpt.dcp.spans import FILL_BYTES_MAX, SPAN_BYTES_MAX, Fill, Span
+from dckpt.format.checksum import BLOCK_BYTES
 from dckpt.state.naming import DTYPE_NAMES
 
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+
+LANE_BYTES = SPAN_BYTES_MAX + FILL_BYTES_MAX + BLOCK_BYTES
+"""The longest span."""
 
 SLOTS = 2
 """Pieces of pinned memory a thread: one is read into while the other is on its way to the device."""
@@ -38,7 +42,7 @@ class HostLane:
         self._memory = ReadMemory()
 
     def take(self, span: Span) -> memoryview:
-        return self._memory.take(whole_pages(span.max_bytes))
+        return self._memory.take(LANE_BYTES)[: whole_pages(span.max_bytes)]
 
     def copy(self, span: Span, memory: memoryview) -> None:
         with torch.no_grad():
@@ -47,9 +51,9 @@ class HostLane:
 
 
 class DeviceStreams:
-    """Side streams for the copies to each device, behind what the caller's stream has done to the targets.
+    """A side stream for each device, for copies from pinned memory behind all that the caller's stream did to the targets.
 
-    Made and finished by the thread that asked for the load.
+    Made and finished by the thread that asked for the load; the others enqueue.
     """
 
     def __init__(self, devices: Iterable[torch.device]) -> None:
@@ -58,17 +62,24 @@ class DeviceStreams:
             stream = self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             stream.wait_stream(torch.cuda.current_stream(device))
 
-    def copy(self, target: torch.Tensor, source: torch.Tensor) -> torch.cuda.Event | None:
-        """Begins a copy and returns the event of its end; None for a target in host memory, where it is done."""
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Begins a copy to a device; one to host memory is done on return."""
         stream = self._streams.get(target.device)
         with torch.no_grad():
             if stream is None:
                 target.copy_(source)
-                return None
-            with torch.cuda.stream(stream):
+                return
+            # A thread begins on device 0, where each rank would make itself a context.
+            with torch.cuda.device(target.device), torch.cuda.stream(stream):
                 target.copy_(source, non_blocking=True)
-                event: torch.cuda.Event = stream.record_event()
-                return event
+
+    def record(self) -> list[torch.cuda.Event]:
+        """Events that come when all copies that were begun so far are done."""
+        events = []
+        for device, stream in self._streams.items():
+            with torch.cuda.device(device):
+                events.append(stream.record_event())
+        return events
 
     def finish(self) -> None:
         """Waits until all copies are done."""
@@ -85,25 +96,27 @@ class PinnedLane:
 
     def take(self, span: Span) -> memoryview:
         self._slots.append(self._slots.pop(0))
-        return self._slots[-1].take(whole_pages(span.max_bytes))
+        return self._slots[-1].take()[: whole_pages(span.max_bytes)]
 
     def copy(self, span: Span, memory: memoryview) -> None:
-        copies = (self._streams.copy(fill.target, _source(span, fill, memory)) for fill in span.fills)
-        self._slots[-1].copies = [event for event in copies if event is not None]
+        for fill in span.fills:
+            self._streams.copy(fill.target, _source(span, fill, memory))
+        self._slots[-1].copies = self._streams.record()
 
 
 class _Slot:
+    """Memory that CUDA allocates: page-aligned, and no fork copies its pages."""
+
     def __init__(self) -> None:
-        self._held = torch.empty(0, dtype=torch.uint8)
+        self._held: torch.Tensor | None = None
         self.copies: list[torch.cuda.Event] = []
 
-    def take(self, size: int) -> memoryview:
+    def take(self) -> memoryview:
         for event in self.copies:
             event.synchronize()
-        self.copies = []
-        if self._held.numel() < size:
-            self._held = torch.empty(size, dtype=torch.uint8, pin_memory=True)
-        return self._held.numpy().data[:size]
+        if self._held is None:
+            self._held = torch.empty(LANE_BYTES, dtype=torch.uint8, pin_memory=True)
+        return self._held.numpy().data
 
 
 def _source(span: Span, fill: Fill, memory: memoryview) -> torch.Tensor:

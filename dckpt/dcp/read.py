@@ -12,8 +12,8 @@ import numpy as np
 
 from dckpt.blocks.read import ByteTally, VerifiedFile
 from dckpt.blocks.workers import ByteWorkers
-from dckpt.dcp.lanes import SLOTS, TORCH_DTYPES, DeviceStreams, HostLane, Lane, PinnedLane
-from dckpt.dcp.spans import FILL_BYTES_MAX, SPAN_BYTES_MAX, BoxRead, Span, plan_spans
+from dckpt.dcp.lanes import LANE_BYTES, SLOTS, TORCH_DTYPES, DeviceStreams, HostLane, Lane, PinnedLane
+from dckpt.dcp.spans import BoxRead, Span, plan_spans
 from dckpt.errors import CorruptCheckpointError
 from dckpt.format.checksum import BLOCK_BYTES
 from dckpt.format.index import LayoutIndex
@@ -29,7 +29,7 @@ __all__ = ["READ_BYTES_MAX", "TORCH_DTYPES", "CheckpointFiles"]
 OPEN_FILES_MAX = 64
 READER_THREADS = 4  # enough requests in flight for one device
 
-READ_BYTES_MAX = READER_THREADS * SLOTS * (SPAN_BYTES_MAX + FILL_BYTES_MAX + BLOCK_BYTES)
+READ_BYTES_MAX = READER_THREADS * SLOTS * LANE_BYTES
 """Memory for reading, beside the tensors and the checksums of open files: the same for any checkpoint (41 MiB on a GPU, where
 it is pinned; half of that on the host)."""
 

@@ -234,7 +234,8 @@ def _run(begin: int, dtype: str, target: torch.Tensor) -> Landing | Fill:
     """The piece for consecutive bytes that fill contiguous memory."""
     flat = target.view(-1)
     size = flat.numel() * DTYPES[dtype]
-    if size >= STRAIGHT_BYTES_MIN and flat.device.type == "cpu":
+    is_lazy = flat.is_conj() or flat.is_neg()  # their values differ from their memory
+    if size >= STRAIGHT_BYTES_MIN and flat.device.type == "cpu" and not is_lazy:
         return Landing(begin, flat.view(torch.uint8).numpy().data)
     return Fill(begin, begin + size, dtype, (flat.numel(),), _ALL, flat)
 

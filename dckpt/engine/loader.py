@@ -81,7 +81,12 @@ class _Candidate:
 
 
 class Loader:
-    """Loads into a `TrainState`. `poisoned_by` names the checkpoint of a load that failed half-way, else None."""
+    """Loads into a `TrainState`. `poisoned_by` names the checkpoint of a load that failed half-way, else None.
+
+    Bytes are read straight into live tensors and verified there. That is sound because nothing trains on them before all
+    ranks agreed that every block matched: a block that a second, uncached read gives right is repaired in place, and while
+    `poisoned_by` is set no save is taken of what a failed load left behind.
+    """
 
     def __init__(self, storage: Storage, coordination: Coordination, topology: Topology) -> None:
         self._storage = storage

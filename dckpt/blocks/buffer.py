@@ -43,7 +43,7 @@ class ImageBuffer:
         starts, end = [], 0
         for size in sizes:
             starts.append(end)
-            end += _whole_pages(size)
+            end += whole_pages(size)
         if end > self._nbytes or self._memory is None:
             # Views of an older, smaller mapping keep it alive on their own; it is never resized under them.
             self._allocate(end)
@@ -61,7 +61,7 @@ class ImageBuffer:
 
     def _allocate(self, nbytes: int) -> None:
         self.release()
-        self._nbytes = _whole_pages(max(nbytes, 1))
+        self._nbytes = whole_pages(max(nbytes, 1))
         self._memory = mmap.mmap(-1, self._nbytes)
 
     def _prepare(self) -> None:
@@ -97,5 +97,6 @@ class ImageBuffer:
         return self._nbytes
 
 
-def _whole_pages(size: int) -> int:
+def whole_pages(size: int) -> int:
+    """`size` bytes rounded up to pages."""
     return -(-size // mmap.PAGESIZE) * mmap.PAGESIZE

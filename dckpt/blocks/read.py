@@ -1,13 +1,23 @@
-"""Reads byte ranges of a shard file; no byte is handed out before its block's checksum matched."""
+"""Reads byte ranges of a shard file; no byte is used before its block's checksum matched.
+
+Where the bytes go straight into live memory (`VerifiedFile.read_span`), unverified ones are there for a moment: a block that
+does not match is read again, uncached, and repaired in place, or the read raises. Whoever gives live memory away for that must
+not use it after such an error; a load marks its state as poisoned until another load succeeds.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import mmap
+import threading
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
+from dckpt.blocks.buffer import whole_pages
+from dckpt.blocks.scatter import Landing, Scatter, checksums_of, overwrite
 from dckpt.errors import CorruptCheckpointError, StorageMissingError
 from dckpt.format.checksum import BLOCK_BYTES, Sums, block_checksums, digest_bytes, parse_sums
 from dckpt.format.manifest import FileEntry
@@ -19,16 +29,37 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SUMS_BYTES_MAX = 2**31  # checksums of a 16 TiB shard file
+PIECE_BYTES = 512 * 1024
+"""Read, then checksummed while it is still in the processor's cache; whole blocks."""
+
+PROBE_BYTES = 4096
+"""Asked of the page cache before a span is: enough to see whether it was read or written lately."""
+
+AROUND_BYTES_MIN = 2**20
+"""Less than this that is not cached is left to the kernel's own reads; whole blocks."""
 
 
-def read_checked(storage: Storage, checkpoint: str, entry: FileEntry) -> bytes:
+class ByteTally:
+    """Counts bytes from several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.total = 0
+
+    def add(self, count: int) -> None:
+        """`count` more bytes."""
+        with self._lock:
+            self.total += count
+
+
+def read_checked(storage: Storage, checkpoint: str, entry: FileEntry, *, tally: ByteTally | None = None) -> bytes:
     """The whole of a small file of the checkpoint (index, sums); its size and digest match the manifest's entry."""
     key = f"{entry.checkpoint or checkpoint}/{entry.path}"
-    data = _read_whole(storage, key, entry)
+    tally = tally or ByteTally()
+    data = _read_whole(storage, key, entry, tally)
     found = digest_bytes(data)
     if found != entry.digest:
-        data = _read_whole(storage, key, entry, uncached=True)
+        data = _read_whole(storage, key, entry, tally, uncached=True)
         found = digest_bytes(data)
     if found != entry.digest:
         raise CorruptCheckpointError(
@@ -42,11 +73,12 @@ def read_checked(storage: Storage, checkpoint: str, entry: FileEntry) -> bytes:
     return data
 
 
-def _read_whole(storage: Storage, key: str, entry: FileEntry, *, uncached: bool = False) -> bytes:
+def _read_whole(storage: Storage, key: str, entry: FileEntry, tally: ByteTally, *, uncached: bool = False) -> bytes:
     ensure_size(storage, key, entry)
     data = bytearray(entry.size)
     with storage.open_reader(key, uncached=uncached) as reader:
         reader.read_into(0, memoryview(data))
+    tally.add(entry.size)
     return bytes(data)
 
 
@@ -75,15 +107,19 @@ def ensure_size(storage: Storage, key: str, entry: FileEntry) -> None:
 
 
 class ReadMemory:
-    """Memory for one reader that is used again and again: pages that were touched before cost a tenth of new ones."""
+    """Page-aligned memory for one reader that is used again and again: pages touched before cost a tenth of new ones.
+
+    The mapping is shared, not private: pages that a fork would copy while the device writes into them would be torn.
+    """
 
     def __init__(self) -> None:
-        self._held = bytearray()
+        self._held = mmap.mmap(-1, mmap.PAGESIZE)
 
     def take(self, size: int) -> memoryview:
-        """A view of `size` bytes; what the view before it showed is overwritten."""
+        """A view of `size` bytes, whole pages of memory behind it; what the view before it showed is overwritten."""
         if len(self._held) < size:
-            self._held = bytearray(size)
+            # Views of the older mapping keep it alive on their own.
+            self._held = mmap.mmap(-1, whole_pages(size))
         return memoryview(self._held)[:size]
 
 
@@ -91,16 +127,25 @@ class VerifiedFile:
     """One shard file, read in whole blocks of 64 KiB that are compared with its sums as they arrive.
 
     A block that does not match is read a second time past the page cache; only when that differs too is it corruption.
-    Several threads may read at once.
+    Several threads may read at once. `tally` counts every byte that is read, also of the sums.
     """
 
-    def __init__(self, storage: Storage, checkpoint: str, entry: FileEntry, sums_entry: FileEntry) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        checkpoint: str,
+        entry: FileEntry,
+        sums_entry: FileEntry,
+        tally: ByteTally | None = None,
+    ) -> None:
         self.entry = entry
         self.key = f"{entry.checkpoint or checkpoint}/{entry.path}"
         self._storage = storage
+        self._tally = tally or ByteTally()
         sums_key = f"{checkpoint}/{sums_entry.path}"
-        self._sums = parse_sums(read_checked(storage, checkpoint, sums_entry), key=sums_key)
+        self._sums = parse_sums(read_checked(storage, checkpoint, sums_entry, tally=self._tally), key=sums_key)
         self._ensure_sums_fit(sums_key)
+        self._is_verified = np.zeros(len(self._sums.blocks), dtype=np.bool_)
         ensure_size(storage, self.key, entry)
         self._reader = storage.open_reader(self.key)
 
@@ -133,6 +178,11 @@ class VerifiedFile:
         """The file's block checksums, already verified against the manifest."""
         return self._sums
 
+    @property
+    def unread_blocks(self) -> npt.NDArray[np.bool_]:
+        """Which blocks were not verified yet through this object."""
+        return ~self._is_verified
+
     def read(self, begin: int, end: int, memory: ReadMemory | None = None) -> memoryview:
         """Bytes `begin` to `end` of the file, verified. Reads whole blocks: keep the range below some tens of MiB.
 
@@ -141,34 +191,78 @@ class VerifiedFile:
         assert 0 <= begin <= end <= self.entry.size, (begin, end, self.entry.size)
         if begin == end:
             return memoryview(b"")
-        first, last = begin // BLOCK_BYTES, (end - 1) // BLOCK_BYTES
-        blocks = self._read_blocks(first, last + 1, memory)
+        first, stop = begin // BLOCK_BYTES, -(-end // BLOCK_BYTES)
+        blocks = (memory or ReadMemory()).take(whole_pages(self._end_of(stop) - first * BLOCK_BYTES))
+        self.read_span(first, stop, blocks)
         return blocks[begin - first * BLOCK_BYTES : end - first * BLOCK_BYTES]
 
     def verify_blocks(self, first: int, stop: int, on_bytes: Callable[[int], None]) -> None:
-        """Reads blocks `first` to `stop` (exclusive) for their checksums alone, 16 MiB at a time."""
-        step = 16 * 2**20 // BLOCK_BYTES
+        """Reads blocks `first` to `stop` (exclusive) for their checksums alone, 4 MiB at a time."""
+        step = 4 * 2**20 // BLOCK_BYTES
         memory = ReadMemory()
         for begin in range(first, stop, step):
-            on_bytes(len(self._read_blocks(begin, min(stop, begin + step), memory)))
+            end = min(stop, begin + step)
+            size = self._end_of(end) - begin * BLOCK_BYTES
+            self.read_span(begin, end, memory.take(whole_pages(size)))
+            on_bytes(size)
 
-    def _read_blocks(self, first: int, stop: int, memory: ReadMemory | None) -> memoryview:
-        begin, end = first * BLOCK_BYTES, min(stop * BLOCK_BYTES, self.entry.size)
-        data = (memory or ReadMemory()).take(end - begin)
-        self._reader.read_into(begin, data)
-        expected = self._sums.blocks[first:stop]
-        bad = np.flatnonzero(block_checksums(data) != expected)
-        for place in bad.tolist():
-            self._read_again(first + place, data[place * BLOCK_BYTES : (place + 1) * BLOCK_BYTES])
-        return data
+    def read_span(self, first: int, stop: int, memory: memoryview, landings: Sequence[Landing] = ()) -> None:
+        """Reads blocks `first` to `stop` (exclusive), verified: bytes of `landings` to their memory, all others to `memory`.
 
-    def _read_again(self, block: int, target: memoryview) -> None:
-        begin = block * BLOCK_BYTES
+        `memory` mirrors the blocks. landings: ascending, disjoint, inside the blocks. What the page cache holds is copied
+        from there piece by piece; from the first piece on that is missing, the rest comes around the cache in one request,
+        by way of `memory`, if that is page-aligned, has room for whole pages, and the storage can. An error leaves any
+        bytes in all of the memory.
+        """
+        begin, end = first * BLOCK_BYTES, self._end_of(stop)
+        assert len(memory) >= end - begin, (len(memory), begin, end)
+        scatter = Scatter(begin, memory, landings)
+        place = begin
+        # A whole piece that is asked for in vain makes the kernel read it ahead, beside the read around the cache.
+        is_cached = end - begin < AROUND_BYTES_MIN or self._reader.read_cached(begin, [memory[:PROBE_BYTES]])
+        while place < end:
+            piece_end = min(place + PIECE_BYTES, end)
+            targets = scatter.targets(place, piece_end)
+            is_cached = is_cached and self._reader.read_cached(place, targets)
+            if not is_cached:
+                if end - place >= AROUND_BYTES_MIN and self._read_around(place, end, scatter):
+                    return
+                self._reader.read_scattered(place, targets)
+            self._verify(place, targets)
+            place = piece_end
+
+    def _end_of(self, stop: int) -> int:
+        return min(stop * BLOCK_BYTES, self.entry.size)
+
+    def _read_around(self, begin: int, end: int, scatter: Scatter) -> bool:
+        """Reads the range from the medium; False if this storage cannot."""
+        size = end - begin
+        if not self._reader.read_around(begin, size, scatter.mirror(begin, begin + whole_pages(size))):
+            return False
+        for place in range(begin, end, PIECE_BYTES):
+            piece_end = min(place + PIECE_BYTES, end)
+            self._verify(place, [scatter.mirror(place, piece_end)])
+            scatter.deliver(place, piece_end)
+        return True
+
+    def _verify(self, begin: int, targets: Sequence[memoryview]) -> None:
+        """Compares the bytes from the block boundary `begin` on with their checksums; reads again what differs."""
+        found = checksums_of(targets)
+        first = begin // BLOCK_BYTES
+        self._tally.add(sum(map(len, targets)))
+        for place in np.flatnonzero(found != self._sums.blocks[first : first + len(found)]).tolist():
+            self._read_again(first + place, place * BLOCK_BYTES, targets)
+        self._is_verified[first : first + len(found)] = True
+
+    def _read_again(self, block: int, skip: int, targets: Sequence[memoryview]) -> None:
+        """Reads one block past the page cache into its place, `skip` bytes behind the beginning of `targets`."""
+        begin, end = block * BLOCK_BYTES, self._end_of(block + 1)
+        data = memoryview(bytearray(end - begin))
         with self._storage.open_reader(self.key, uncached=True) as reader:
-            reader.read_into(begin, target)
-        found = int(block_checksums(target)[0])
+            reader.read_into(begin, data)
+        self._tally.add(len(data))
+        found = int(block_checksums(data)[0])
         expected = int(self._sums.blocks[block])
-        end = begin + len(target)
         if found != expected:
             raise CorruptCheckpointError(
                 f"{self._storage.locate(self.key)}: bytes {begin:,}-{end:,}: expected xxh3-64 {expected:016x}, found "
@@ -178,6 +272,7 @@ class VerifiedFile:
                 expected=f"{expected:016x}",
                 found=f"{found:016x}",
             )
+        overwrite(targets, skip, data)
         log.warning(
             "%s: bytes %d-%d did not match their checksum in a first read and did in a second, uncached one; "
             "the medium is right, memory or the page cache was not.",

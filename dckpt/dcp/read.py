@@ -9,33 +9,45 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
-from dckpt.blocks.read import ReadMemory, VerifiedFile
+from dckpt.blocks.read import ByteTally, VerifiedFile
 from dckpt.blocks.workers import ByteWorkers
-from dckpt.dcp.chunks import tensor_from_bytes
+from dckpt.dcp.lanes import LANE_BYTES, SLOTS, TORCH_DTYPES, DeviceStreams, HostLane, Lane, PinnedLane
 from dckpt.dcp.spans import BoxRead, Span, plan_spans
 from dckpt.errors import CorruptCheckpointError
 from dckpt.format.checksum import BLOCK_BYTES
 from dckpt.format.index import LayoutIndex
 from dckpt.format.manifest import FileEntry, Manifest
-from dckpt.state.naming import DTYPE_NAMES
 
 if TYPE_CHECKING:
     from types import TracebackType
 
     from dckpt.storage.base import Storage
 
+__all__ = ["READ_BYTES_MAX", "TORCH_DTYPES", "CheckpointFiles"]
+
 OPEN_FILES_MAX = 64
 READER_THREADS = 4  # enough requests in flight for one device
 
-TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+READ_BYTES_MAX = READER_THREADS * SLOTS * LANE_BYTES
+"""Memory for reading, beside the tensors and the checksums of open files: the same for any checkpoint (41 MiB on a GPU, where
+it is pinned; half of that on the host)."""
 
 
 class CheckpointFiles:
-    """The shard files of one checkpoint, opened when first needed and verified on every read; a bounded number at once."""
+    """The shard files of one checkpoint, opened when first needed and verified on every read; a bounded number at once.
 
-    def __init__(self, storage: Storage, checkpoint: str, manifest: Manifest, index: LayoutIndex) -> None:
+    `tally` counts every byte that is read through it, checksums included.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        checkpoint: str,
+        manifest: Manifest,
+        index: LayoutIndex,
+        tally: ByteTally | None = None,
+    ) -> None:
         self._storage = storage
         self._checkpoint = checkpoint
         self._manifest = manifest
@@ -44,8 +56,8 @@ class CheckpointFiles:
         self._extents = index.file_extents()
         self._open: OrderedDict[int, VerifiedFile] = OrderedDict()
         self._workers = ByteWorkers(READER_THREADS)
-        self._local = threading.local()
         self._lock = threading.Lock()
+        self.tally = tally or ByteTally()
 
     def __enter__(self) -> CheckpointFiles:
         return self
@@ -88,38 +100,50 @@ class CheckpointFiles:
             )
         if len(self._open) >= OPEN_FILES_MAX:
             self._open.popitem(last=False)[1].close()
-        file = VerifiedFile(self._storage, self._checkpoint, entry, self._manifest.sums_entry(entry.path))
+        sums_entry = self._manifest.sums_entry(entry.path)
+        file = VerifiedFile(self._storage, self._checkpoint, entry, sums_entry, self.tally)
         self._open[number] = file
         return file
 
     def read_boxes(self, reads: Iterable[BoxRead], on_bytes: Callable[[int], None]) -> None:
-        """Fills every target: neighbouring ranges are read together, a few spans at a time, and verified on the way.
+        """Fills every target: spans of neighbouring ranges, a few at a time, verified on the way.
 
-        `on_bytes` is told how many bytes were read. Memory: one span a thread, whatever is read.
+        Bytes go straight into contiguous host memory; what an error leaves there was not all verified, so the targets must
+        not be used after one. Targets on a GPU are filled when this returns. `on_bytes` is told how many bytes were read.
+        Memory: at most `READ_BYTES_MAX`, whatever is read.
         """
+        spans = plan_spans(reads)
+        devices = {fill.target.device for span in spans for fill in span.fills if fill.target.is_cuda}
+        streams = DeviceStreams(devices)
+        own = threading.local()
+
+        def lane() -> Lane:
+            if not hasattr(own, "lane"):
+                own.lane = PinnedLane(streams) if devices else HostLane()
+            found: Lane = own.lane
+            return found
+
         by_file: dict[int, list[Span]] = {}
-        for span in plan_spans(reads):
+        for span in spans:
             by_file.setdefault(span.file, []).append(span)
         numbers = sorted(by_file)
-        for at in range(0, len(numbers), OPEN_FILES_MAX):
-            # Opened before the threads begin, so that none is closed under one of them to make room for another.
-            files = {number: self._file(number) for number in numbers[at : at + OPEN_FILES_MAX]}
-            tasks = [self._task(files[n], span, on_bytes) for n in files for span in by_file[n]]
-            self._workers.run(tasks)
+        try:
+            for at in range(0, len(numbers), OPEN_FILES_MAX):
+                # Opened before the threads begin, so that none is closed under one of them to make room for another.
+                files = {number: self._file(number) for number in numbers[at : at + OPEN_FILES_MAX]}
+                self._workers.run([self._task(files[n], span, lane, on_bytes) for n in files for span in by_file[n]])
+        finally:
+            streams.finish()
 
-    def _task(self, file: VerifiedFile, span: Span, on_bytes: Callable[[int], None]) -> Callable[[], None]:
+    def _task(
+        self, file: VerifiedFile, span: Span, lane: Callable[[], Lane], on_bytes: Callable[[int], None]
+    ) -> Callable[[], None]:
         def read() -> None:
-            memory = getattr(self._local, "memory", None)
-            if memory is None:
-                memory = self._local.memory = ReadMemory()
-            data = file.read(span.begin, span.end, memory)
-            for fill in span.fills:
-                part = data[fill.begin - span.begin : fill.end - span.begin]
-                source = tensor_from_bytes(part, TORCH_DTYPES[fill.dtype], fill.shape)
-                with torch.no_grad():
-                    fill.target.copy_(source[fill.inner])
+            memory = lane().take(span)
+            file.read_span(span.first, span.stop, memory, span.landings)
+            lane().copy(span, memory)
             with self._lock:
-                on_bytes(len(data))
+                on_bytes(span.max_bytes)
 
         return read
 
@@ -146,15 +170,17 @@ class CheckpointFiles:
         """Verifies the blocks of file `number` that hold anything but tensors for which `is_read` is true.
 
         Those tensors are verified by whoever reads them; headers and records nobody asks for would otherwise go unseen.
+        What this rank has verified already is not read again.
         """
         file = self._file(number)
-        blocks = np.zeros(len(file.sums.blocks), dtype=bool)
+        blocks = np.zeros(len(file.sums.blocks), dtype=np.bool_)
         place = 0
         for name, begin, end in self._index.chunks_in_file(number):
             if is_read(name):
                 _mark(blocks, place, begin)
                 place = end
         _mark(blocks, place, file.entry.size)
+        blocks &= file.unread_blocks
         edges = np.flatnonzero(np.diff(np.concatenate(([False], blocks, [False])).astype(np.int8)))
         for first, stop in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True):
             file.verify_blocks(first, stop, on_bytes)

@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from dckpt.blocks.read import read_checked
+from dckpt.blocks.read import ByteTally, read_checked
 from dckpt.catalog.catalog import Catalog
 from dckpt.catalog.generations import list_generations, read_generation
 from dckpt.dcp.read import CheckpointFiles
-from dckpt.dcp.spans import plan_tensor_reads
+from dckpt.dcp.spans import plan_reads
 from dckpt.engine.refusal import REFUSALS, encode_refusal, raise_refusals
 from dckpt.engine.rng_restore import RngPlan, plan_rng_streams
 from dckpt.engine.saved_state import SavedState
@@ -81,7 +81,12 @@ class _Candidate:
 
 
 class Loader:
-    """Loads into a `TrainState`. `poisoned_by` names the checkpoint of a load that failed half-way, else None."""
+    """Loads into a `TrainState`. `poisoned_by` names the checkpoint of a load that failed half-way, else None.
+
+    Bytes are read straight into live tensors and verified there. That is sound because nothing trains on them before all
+    ranks agreed that every block matched: a block that a second, uncached read gives right is repaired in place, and while
+    `poisoned_by` is set no save is taken of what a failed load left behind.
+    """
 
     def __init__(self, storage: Storage, coordination: Coordination, topology: Topology) -> None:
         self._storage = storage
@@ -123,13 +128,14 @@ class Loader:
         select: Callable[[Catalog], list[CheckpointId]],
         options: LoadOptions,
     ) -> Loaded | None:
-        found = _parse(session.exchange("find", b"", lambda _: self._find(select, options)))
+        found = _parse(session.exchange("find", b"", lambda _: dump_json(self._find(select, options))))
         self.observed_generation = found["observed"]
         if found["names"] is None:
             return None
         damaged: list[tuple[str, DckptError]] = []
         for number, name in enumerate(found["names"]):
-            outcome = self._load_one(state, session, number, name, options)
+            announced = found["first"] if number == 0 else self._hear_of(session, number, name)
+            outcome = self._load_one(state, session, number, name, announced, options)
             if isinstance(outcome, LoadResult):
                 self.poisoned_by = None
                 result = replace(outcome, damaged=tuple(name for name, _ in damaged))
@@ -141,8 +147,8 @@ class Loader:
             log.error("%s is damaged, walking back: %s", name, outcome)
         raise _all_damaged(self._storage.locate(""), damaged)
 
-    def _find(self, select: Callable[[Catalog], list[CheckpointId]], options: LoadOptions) -> bytes:
-        """On the coordinator: the candidates, newest first, from names that are known to be durable."""
+    def _find(self, select: Callable[[Catalog], list[CheckpointId]], options: LoadOptions) -> dict[str, Any]:
+        """On the coordinator: the candidates, newest first, from names that are known to be durable; and on the first."""
         if options.is_resume:
             # Said before the first step of training, not at the first save an hour later. Reading needs no more.
             try:
@@ -150,12 +156,12 @@ class Loader:
             except StorageReadOnlyError as error:
                 log.warning("saves will fail: %s", error)
         if not self._storage.exists():
-            return dump_json({"names": None, "observed": 0})
+            return {"names": None, "observed": 0}
         self._storage.sync_dir("")
         catalog = Catalog(self._storage)
         observed = catalog.newest_generation()
         if not catalog.checkpoints() and self._never_committed():
-            return dump_json({"names": None, "observed": observed})
+            return {"names": None, "observed": observed}
         candidates = select(catalog)
         if not candidates:
             raise CheckpointNotFoundError(
@@ -163,7 +169,11 @@ class Loader:
                 "checkpoint on the current line. Its checkpoints were removed: restore them, or choose a "
                 "new root to start again."
             )
-        return dump_json({"names": [item.name for item in candidates], "observed": observed})
+        names = [item.name for item in candidates]
+        return {"names": names, "observed": observed, "first": self._announce(names[0])}
+
+    def _hear_of(self, session: Session, number: int, name: str) -> dict[str, Any]:
+        return _parse(session.exchange(f"manifest-{number}", b"", lambda _: dump_json(self._announce(name))))
 
     def _never_committed(self) -> bool:
         """True if no generation continues a checkpoint: the run died before its first commit, or never began.
@@ -174,9 +184,14 @@ class Loader:
         return all(read_generation(self._storage, number).parent is None for number in numbers)
 
     def _load_one(
-        self, state: TrainState, session: Session, number: int, name: str, options: LoadOptions
+        self,
+        state: TrainState,
+        session: Session,
+        number: int,
+        name: str,
+        announced: dict[str, Any],
+        options: LoadOptions,
     ) -> LoadResult | CorruptCheckpointError:
-        announced = _parse(session.exchange(f"manifest-{number}", b"", lambda _: self._announce(name)))
         if "corrupt" in announced:
             return _corrupt(announced)
         candidate, failure = self._open(state, name, announced["sha256"], options)
@@ -209,13 +224,15 @@ class Loader:
             skipped_parts=tuple(candidate.plan.skipped_parts),
             rng=candidate.rng.told,
             carried_from_rank_0=saved.carried_tensors(),
+            bytes_read=candidate.files.tally.total,
         )
 
-    def _announce(self, name: str) -> bytes:
+    def _announce(self, name: str) -> dict[str, Any]:
+        """On the coordinator: the digest of the manifest that all ranks are to read, or its damage."""
         try:
             _, sha256 = self._read_confirmed(name)
         except CorruptCheckpointError as error:
-            return dump_json({"corrupt": to_wire(error)})
+            return {"corrupt": to_wire(error)}
         except StorageMissingError as error:
             if MANIFEST_NAME in {entry.name for entry in self._storage.list_dir(name)}:
                 raise  # Listed, yet it cannot be opened (a stale handle): storage trouble, no proof of damage.
@@ -227,8 +244,8 @@ class Loader:
                 field="manifest",
             )
             log.debug("no manifest in %s", name, exc_info=error)
-            return dump_json({"corrupt": to_wire(corrupt)})
-        return dump_json({"sha256": sha256})
+            return {"corrupt": to_wire(corrupt)}
+        return {"sha256": sha256}
 
     def _read_confirmed(self, name: str) -> tuple[Manifest, str]:
         """The manifest and its digest; damage counts only when a second read, past the page cache, sees it too."""
@@ -245,11 +262,12 @@ class Loader:
     ) -> tuple[_Candidate | None, Exception | None]:
         try:
             manifest = self._read_manifest(name, sha256)
+            tally = ByteTally()
             index = parse_index(
-                read_checked(self._storage, name, manifest.index_entry),
+                read_checked(self._storage, name, manifest.index_entry, tally=tally),
                 key=f"{name}/{manifest.index_entry.path}",
             )
-            files = CheckpointFiles(self._storage, name, manifest, index)
+            files = CheckpointFiles(self._storage, name, manifest, index, tally)
             saved = SavedState(
                 manifest,
                 index,
@@ -317,12 +335,8 @@ class Loader:
 
         saved = candidate.saved
         try:
-            reads = [
-                read
-                for name, tensor in candidate.plan.reads
-                for read in plan_tensor_reads(saved.stored_name(name), saved.index, tensor)
-            ]
-            candidate.files.read_boxes(reads, on_bytes)
+            targets = ((saved.stored_name(name), tensor) for name, tensor in candidate.plan.reads)
+            candidate.files.read_boxes(plan_reads(targets, saved.index), on_bytes)
             wanted = {saved.stored_name(name) for name, _ in candidate.plan.reads}
             world, rank = self._topology.world_size, self._topology.rank
             for number in range(rank, len(saved.index.files), world):

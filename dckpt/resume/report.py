@@ -11,7 +11,11 @@ from dckpt.format.manifest import Manifest
 
 @dataclass(frozen=True, slots=True)
 class LoadResult:
-    """What a load did. `rng`: stream -> "exact", "copied", "re-derived" or why it was left alone."""
+    """What a load did. `rng`: stream -> "exact", "copied", "re-derived" or why it was left alone.
+
+    bytes_read: what this rank read for it, from the page cache or the medium: shard files, their checksums, the index. The
+    manifest is left out. Differs by rank.
+    """
 
     checkpoint: str
     step: int | None
@@ -24,6 +28,7 @@ class LoadResult:
     rng: dict[str, str]
     damaged: tuple[str, ...] = ()  # checkpoints passed over because of confirmed corruption, newest first
     carried_from_rank_0: tuple[str, ...] = ()  # tensors that differed by rank and could not be kept so
+    bytes_read: int = 0
 
     def __str__(self) -> str:
         return f"{self.checkpoint}: step {self.step}, parts: {', '.join(self.parts) or 'none'}"

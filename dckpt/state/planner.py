@@ -116,10 +116,10 @@ class Planner:
         if not self.fits(saved_name, live, label=label):
             return
         dtype = self.saved[saved_name][0]
-        target = live.detach()
         if dtype == DTYPE_NAMES[live.dtype]:
-            self.plan.reads.append((saved_name, target))
+            self.plan.reads.append((saved_name, live))
             return
+        target = live.detach()
         source = torch.empty_like(target, dtype=self._torch_dtype(dtype, label))
         self.plan.reads.append((saved_name, source))
 

@@ -15,6 +15,7 @@ alone means that the operation may have taken effect.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol
@@ -27,6 +28,9 @@ MANIFEST_NAME = "manifest.json"
 STAGING_PREFIX = ".tmp-"
 TRASH_PREFIX = ".trash-"
 TEMPORARY_PREFIX = ".new-"
+
+DIRECT_ALIGNMENT = 4096
+"""What offset, length and memory of a read around the page cache are multiples of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +52,25 @@ class RangeReader(Protocol):
 
     def read_into(self, offset: int, target: memoryview) -> None:
         """Fills all of `target`; a file that ends earlier is a `CorruptCheckpointError`."""
+        ...
+
+    def read_scattered(self, offset: int, targets: Sequence[memoryview]) -> None:
+        """Fills the targets, one after the other, with consecutive bytes from `offset` on; as `read_into` otherwise."""
+        ...
+
+    def read_cached(self, offset: int, targets: Sequence[memoryview]) -> bool:
+        """As `read_scattered` if all of it lies in the page cache. False if not, or if this storage cannot tell.
+
+        After False the targets hold anything. Never waits for the medium.
+        """
+        ...
+
+    def read_around(self, offset: int, size: int, memory: memoryview) -> bool:
+        """Reads `size` bytes from the medium to the beginning of `memory`, without a copy in the page cache.
+
+        False if this storage cannot, or cannot tell what is cached, or not into this memory: then nothing was read.
+        `offset` is a multiple of `DIRECT_ALIGNMENT`, and so should be the memory's address and its room for `size`.
+        """
         ...
 
     def close(self) -> None: ...

@@ -34,6 +34,9 @@ from dckpt.storage.posix import DIRECTORY_FLAGS, READ_FLAGS, Posix, read_again, 
 
 logger = logging.getLogger(__name__)
 
+DIRECT_FILE_BYTES_MIN = 4 * 2**20
+"""Files from this size on can also be read around the page cache; below, the kernel's own read-ahead is as good."""
+
 # What link(2) says where the file system has no hard links.
 _LINK_REFUSED = frozenset((errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EINVAL))
 
@@ -123,8 +126,9 @@ class LocalStorage:
         with self._beneath(key, "open") as directory:
             fd = read_again(lambda: self._posix.open(name, READ_FLAGS, dir_fd=directory))
             try:
-                self._ensure_regular(key, self._posix.fstat(fd))
-                if uncached:
+                info = self._posix.fstat(fd)
+                self._ensure_regular(key, info)
+                if uncached or info.st_size >= DIRECT_FILE_BYTES_MIN:
                     direct_fd = open_direct(self._posix, name, READ_FLAGS, directory)
                 return LocalReader(self._posix, path, fd, uncached=uncached, direct_fd=direct_fd)
             except BaseException:

@@ -6,15 +6,27 @@ import errno
 import logging
 import mmap
 import os
+from collections.abc import Sequence
 from types import TracebackType
 
 from dckpt.errors import CorruptCheckpointError, StorageError
-from dckpt.storage.posix import CREATE_FLAGS, DIRECT_WRITE_FLAGS, Posix, read_again, storage_error, translated
+from dckpt.storage.base import DIRECT_ALIGNMENT
+from dckpt.storage.posix import (
+    CREATE_FLAGS,
+    DIRECT_WRITE_FLAGS,
+    SCATTER_MAX,
+    Posix,
+    read_again,
+    storage_error,
+    translated,
+)
 
 logger = logging.getLogger(__name__)
 
-_DIRECT_ALIGNMENT = 4096
-_DIRECT_BUFFER_BYTES = 4 * 2**20
+_BOUNCE_BYTES = 4 * 2**20
+
+# How file systems say that they have no direct reads, or cannot tell what is cached: at the open, or at the first read.
+_REFUSALS = frozenset((errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS))
 
 
 class LocalWriter:
@@ -41,7 +53,7 @@ class LocalWriter:
 
     def write_at(self, offset: int, data: memoryview) -> None:
         fd = self._usable_fd()
-        rest = data if data.format == "B" and data.ndim == 1 else data.cast("B")
+        rest = _as_bytes(data)
         try:
             done = self._write_direct(offset, rest)
             rest, offset = rest[done:], offset + done
@@ -59,8 +71,8 @@ class LocalWriter:
         """Writes the aligned beginning of `data` around the page cache; returns how many bytes that was."""
         done = 0
         while self._direct_fd is not None:
-            whole = (len(data) - done) // _DIRECT_ALIGNMENT * _DIRECT_ALIGNMENT
-            if not whole or (offset + done) % _DIRECT_ALIGNMENT or not _is_aligned(data[done:]):
+            whole = (len(data) - done) // DIRECT_ALIGNMENT * DIRECT_ALIGNMENT
+            if not whole or (offset + done) % DIRECT_ALIGNMENT or not _is_aligned(data[done:]):
                 break
             try:
                 written = self._posix.pwrite(self._direct_fd, data[done : done + whole], offset + done)
@@ -125,7 +137,10 @@ class LocalWriter:
 
 
 class LocalReader:
-    """A `RangeReader`. With `direct_fd` each read goes around the page cache, where the file system can."""
+    """A `RangeReader`. `direct_fd` is a second descriptor of the file, with O_DIRECT, where the file system has such.
+
+    With `uncached` every read goes around the page cache where it can; else only `read_around` does.
+    """
 
     def __init__(
         self, posix: Posix, path: str, fd: int, *, uncached: bool = False, direct_fd: int | None = None
@@ -135,22 +150,80 @@ class LocalReader:
         self._fd: int | None = fd
         self._is_uncached = uncached
         self._direct_fd = direct_fd
-        self._is_direct = direct_fd is not None
+        self._can_read_direct = direct_fd is not None
+        self._can_see_cache = not uncached
         with translated("stat", path):
             self.size = posix.fstat(fd).st_size
 
     def read_into(self, offset: int, target: memoryview) -> None:
-        view = target if target.format == "B" and target.ndim == 1 else target.cast("B")
-        if self._is_direct and self._read_direct(offset, view):
+        view = _as_bytes(target)
+        if self._is_uncached and self._can_read_direct and self._read_bounced(offset, view):
             return
+        self.read_scattered(offset, [view])
+
+    def read_scattered(self, offset: int, targets: Sequence[memoryview]) -> None:
+        fd = self._open_fd()
         if self._is_uncached:
             with translated("drop the cache of", self._path):
-                self._posix.forget_cached(self._open_fd())
-        self._read_plain(offset, view)
+                self._posix.forget_cached(fd)
+        rest = [view for target in targets if (view := _as_bytes(target))]
+        position, end = offset, offset + sum(map(len, rest))
+        while rest:
+            with translated(f"read at byte {position:,} of", self._path):
+                count = read_again(lambda: self._read_some(fd, rest, position))  # noqa: B023 (called here)
+            if count == 0:
+                self._raise_short(end, position)
+            position += count
+            rest = _behind(rest, count)
+
+    def _read_some(self, fd: int, targets: list[memoryview], offset: int) -> int:
+        if len(targets) == 1:
+            return self._posix.pread_into(fd, targets[0], offset)
+        return self._posix.preadv(fd, targets[:SCATTER_MAX], offset)
+
+    def read_cached(self, offset: int, targets: Sequence[memoryview]) -> bool:
+        fd = self._open_fd()
+        if not (self._can_read_direct and self._can_see_cache):
+            return False
+        for at in range(0, len(targets), SCATTER_MAX):
+            batch = targets[at : at + SCATTER_MAX]
+            size = sum(map(len, batch))
+            try:
+                count = self._posix.preadv(fd, batch, offset, flags=os.RWF_NOWAIT)
+            except OSError as error:
+                if error.errno in _REFUSALS:
+                    self._can_see_cache = False
+                # Any other error shows again in the read that follows, which waits and reports it.
+                return False
+            if count < size:
+                return False
+            offset += size
+        return True
+
+    def read_around(self, offset: int, size: int, memory: memoryview) -> bool:
+        fd, window, done = self._direct_fd, memory[: _round_up(size)], 0
+        if fd is None or not (self._can_read_direct and self._can_see_cache):
+            return False
+        if offset % DIRECT_ALIGNMENT or len(window) % DIRECT_ALIGNMENT or not _is_aligned(window):
+            return False
+        while done < size:
+            try:
+                count = read_again(lambda: self._posix.pread_into(fd, window[done:], offset + done))  # noqa: B023 (called here)
+            except OSError as error:
+                if error.errno in _REFUSALS:
+                    self._can_read_direct = False
+                    return False
+                raise storage_error(error, f"read directly at byte {offset + done:,} of", self._path) from error
+            done += count
+            if done < size and (count == 0 or done % DIRECT_ALIGNMENT):
+                # A count that is no whole block is the end of the file.
+                self._raise_short(offset + size, offset + done)
+        return True
 
     def close(self) -> None:
         fds = [fd for fd in (self._fd, self._direct_fd) if fd is not None]
         self._fd = self._direct_fd = None
+        self._can_read_direct = False
         for fd in fds:
             with translated("close", self._path):
                 self._posix.close(fd)
@@ -168,30 +241,21 @@ class LocalReader:
             raise StorageError(f"Read {self._path}: the reader is closed.", key=self._path)
         return self._fd
 
-    def _read_plain(self, offset: int, view: memoryview) -> None:
-        fd, done = self._open_fd(), 0
-        while done < len(view):
-            with translated(f"read at byte {offset + done:,} of", self._path):
-                count = read_again(lambda: self._posix.pread_into(fd, view[done:], offset + done))  # noqa: B023 (called here)
-            if count == 0:
-                self._raise_short(offset + len(view), offset + done)
-            done += count
-
-    def _read_direct(self, offset: int, view: memoryview) -> bool:
-        """False if the file system takes no aligned direct reads after all: some say so only at the read."""
+    def _read_bounced(self, offset: int, view: memoryview) -> bool:
+        """Reads any range into any memory around the page cache; False if the file system refuses after all."""
         assert self._direct_fd is not None, "checked by the caller"
-        position, end = offset, offset + len(view)
         # Anonymous shared pages: private ones that a fork copies while the device writes into them would be
         # torn.
-        with mmap.mmap(-1, min(_DIRECT_BUFFER_BYTES, _round_up(len(view) + _DIRECT_ALIGNMENT))) as buffer:
+        with mmap.mmap(-1, min(_BOUNCE_BYTES, _round_up(len(view) + DIRECT_ALIGNMENT))) as buffer:
+            position, end = offset, offset + len(view)
             while position < end:
-                begin = position - position % _DIRECT_ALIGNMENT
+                begin = position - position % DIRECT_ALIGNMENT
                 with memoryview(buffer) as whole, whole[: min(len(buffer), _round_up(end - begin))] as window:
                     try:
                         count = self._posix.pread_into(self._direct_fd, window, begin)
                     except OSError as error:
-                        if error.errno == errno.EINVAL:
-                            self._is_direct = False
+                        if error.errno in _REFUSALS:
+                            self._can_read_direct = False
                             return False
                         raise storage_error(error, f"read directly at byte {begin:,} of", self._path) from error
                     useful_end = min(begin + count, end)
@@ -213,7 +277,23 @@ class LocalReader:
 
 
 def _round_up(size: int) -> int:
-    return -(-size // _DIRECT_ALIGNMENT) * _DIRECT_ALIGNMENT
+    return -(-size // DIRECT_ALIGNMENT) * DIRECT_ALIGNMENT
+
+
+def _as_bytes(target: memoryview) -> memoryview:
+    return target if target.format == "B" and target.ndim == 1 else target.cast("B")
+
+
+def _behind(targets: list[memoryview], count: int) -> list[memoryview]:
+    """What is left of `targets` when their first `count` bytes are filled."""
+    place = 0
+    while place < len(targets) and count >= len(targets[place]):
+        count -= len(targets[place])
+        place += 1
+    rest = targets[place:]
+    if count:
+        rest[0] = rest[0][count:]
+    return rest
 
 
 def _is_aligned(data: memoryview) -> bool:
@@ -221,7 +301,7 @@ def _is_aligned(data: memoryview) -> bool:
     # Imported here: commands that only list checkpoints write nothing.
     import ctypes
 
-    return not data.readonly and ctypes.addressof(ctypes.c_char.from_buffer(data)) % _DIRECT_ALIGNMENT == 0
+    return not data.readonly and ctypes.addressof(ctypes.c_char.from_buffer(data)) % DIRECT_ALIGNMENT == 0
 
 
 def open_direct(posix: Posix, name: str, flags: int, dir_fd: int | None) -> int | None:
@@ -229,6 +309,6 @@ def open_direct(posix: Posix, name: str, flags: int, dir_fd: int | None) -> int 
     try:
         return posix.open(name, flags | os.O_DIRECT, dir_fd=dir_fd)
     except OSError as error:
-        if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
+        if error.errno in _REFUSALS:
             return None
         raise

@@ -22,6 +22,9 @@ READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
+SCATTER_MAX = 1024
+"""Pieces of memory that one `preadv` takes: Linux's IOV_MAX."""
+
 DIRECT_WRITE_FLAGS = os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 CREATE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -41,6 +44,9 @@ class Posix:
 
     def pread_into(self, fd: int, target: memoryview, offset: int) -> int:
         return os.preadv(fd, [target], offset)
+
+    def preadv(self, fd: int, targets: Sequence[memoryview], offset: int, *, flags: int = 0) -> int:
+        return os.preadv(fd, targets, offset, flags)
 
     def fsync(self, fd: int) -> None:
         os.fsync(fd)

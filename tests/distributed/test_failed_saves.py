@@ -245,12 +245,19 @@ class FailingReads(Posix):
         super().close(fd)
 
     def pread_into(self, fd: int, target: memoryview, offset: int) -> int:
+        self._count(fd)
+        return super().pread_into(fd, target, offset)
+
+    def preadv(self, fd: int, targets: Any, offset: int, *, flags: int = 0) -> int:
+        self._count(fd)
+        return super().preadv(fd, targets, offset, flags=flags)
+
+    def _count(self, fd: int) -> None:
         if fd in self._shards:
             self.num_reads += 1
             if self.num_reads >= self.at:
                 self.num_failed += 1
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return super().pread_into(fd, target, offset)
 
 
 def test_a_load_that_fails_half_way_forbids_saves_until_a_load_succeeds(
@@ -261,7 +268,7 @@ def test_a_load_that_fails_half_way_forbids_saves_until_a_load_succeeds(
     before = [parameter.detach().clone() for parameter in run.model.parameters()]
     with dckpt.Checkpointer(tmp_path / "run", signals=()) as checkpointer:
         storage: Any = checkpointer._storage
-        healthy, failing = storage._posix, FailingReads(at=3)
+        healthy, failing = storage._posix, FailingReads(at=10)
         storage._posix = failing
         with pytest.raises((StorageError, dckpt.PeerFailedError), match="Input/output error"):
             checkpointer.resume(run.state)

@@ -84,3 +84,41 @@ def test_a_checkpoint_of_a_gpu_loads_on_the_cpu(tmp_path):
 
     for a, b in zip(loop.model.parameters(), model.parameters(), strict=True):
         assert torch.equal(a.cpu(), b)
+
+
+def test_tensors_of_any_size_and_layout_are_filled_on_the_gpu(tmp_path):
+    """Many spans a thread, so that pinned memory is used again; parts of rows, strided targets, small and host tensors."""
+    shapes = [(3000, 5000), (7,), (), (1025, 1023), (4, 300, 5001)]
+    saved = {f"t{number}": torch.randn(shape) for number, shape in enumerate(shapes)}
+    with dckpt.Checkpointer(tmp_path / "run", signals=()) as checkpointer:
+        checkpointer.save(dckpt.TrainState(model=nn.Linear(1, 1), extra={"held": saved}), step=1, blocking=True)
+        held = {name: torch.empty(value.shape, device="cuda") for name, value in saved.items()}
+        held["t0"] = torch.empty(5000, 3000, device="cuda").t()
+        held["t3"] = torch.empty(1025, 2046, device="cuda")[:, ::2]
+        held["t4"] = torch.empty(shapes[4])
+        # Work on the current stream must not overtake what is loaded, nor be overtaken.
+        for value in held.values():
+            value.fill_(-1.0)
+        places = {name: value.data_ptr() for name, value in held.items()}
+        result = checkpointer.load(dckpt.TrainState(model=nn.Linear(1, 1), extra={"held": held}))
+
+    assert result.bytes_read >= sum(4 * value.numel() for value in saved.values())
+    for name, value in held.items():
+        assert value.data_ptr() == places[name]
+        assert torch.equal(value.cpu(), saved[name])
+
+
+def test_a_damaged_byte_on_the_way_to_the_gpu_is_reported(tmp_path):
+    model = nn.Linear(2000, 3000, device="cuda")
+    with dckpt.Checkpointer(tmp_path / "run", signals=()) as checkpointer:
+        checkpointer.save(dckpt.TrainState(model=model), step=1, blocking=True)
+        path = max((tmp_path / "run").glob("step-*/*/*.safetensors"), key=lambda path: path.stat().st_size)
+        with path.open("r+b") as file:
+            file.seek(20_000_000)
+            byte = file.read(1)[0]
+            file.seek(20_000_000)
+            file.write(bytes([byte ^ 1]))
+        with pytest.raises(dckpt.CorruptCheckpointError, match="bytes 19,988,480-20,054,016"):
+            checkpointer.load(dckpt.TrainState(model=model))
+        with pytest.raises(dckpt.PoisonedStateError):
+            checkpointer.save(dckpt.TrainState(model=model), step=2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -67,15 +67,22 @@ class FaultyReads(Posix):
         super().close(fd)
 
     def pread_into(self, fd: int, target: memoryview, offset: int) -> int:
+        return self._read(fd, [target], lambda: Posix.pread_into(self, fd, target, offset))
+
+    def preadv(self, fd: int, targets: Sequence[memoryview], offset: int, *, flags: int = 0) -> int:
+        return self._read(fd, targets, lambda: Posix.preadv(self, fd, targets, offset, flags=flags))
+
+    def _read(self, fd: int, targets: Sequence[memoryview], read: Callable[[], int]) -> int:
         name, is_direct = self._names.get(fd, ("", False))
         is_hit = name.endswith(self.suffix) and not is_direct and self.hits < self.times
         if is_hit and self.kind == "eio":
             self.hits += 1
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        count = super().pread_into(fd, target, offset)
+        count = read()
         if is_hit and count:
             self.hits += 1
-            target[count // 2] ^= 0x10
+            middle = targets[len(targets) // 2]
+            middle[len(middle) // 2] ^= 0x10
         return count
 
 

@@ -1,0 +1,94 @@
+"""Where not bytes but tensors cost: 5,000 of them, 1 KB of each on every rank."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from benchmarks import states
+from benchmarks.contenders import saves, torch_checkpointing
+from benchmarks.contenders.dckpt_run import DckptRun, blocking_save
+from benchmarks.contenders.tc_contenders import tc_save
+from benchmarks.figures import Line, Value
+from benchmarks.lab import Lab, Scenario
+from benchmarks.machine import file_system
+from benchmarks.series import Series
+from benchmarks.setup import Setup
+from benchmarks.system import files_of
+from benchmarks.turns import Contender, entrants, take_turns
+from benchmarks.world import World
+
+COUNT, QUICK_COUNT = 5000, 100
+CHUNK_BYTES = 1024
+
+
+def run(lab: Lab) -> list[dict[str, Any]]:
+    """One series."""
+    return [lab.run(lab.ranks, job, lab.setup.within("many-small"))]
+
+
+def job(world: World, setup: Setup) -> dict[str, Any]:
+    """Seconds of each save, and the bytes that a checkpoint takes."""
+    directory = setup.directory
+    world.on_rank_0(lambda: directory.mkdir(parents=True, exist_ok=True))
+    skipped: dict[str, str] = {}
+    with ExitStack() as stack:
+        state = states.many_small(world, QUICK_COUNT if setup.quick else COUNT, CHUNK_BYTES)
+        ours = DckptRun(world, setup.root("dckpt"), state)
+        stack.callback(ours.close)
+        contenders = [
+            _with_size(world, blocking_save(world, ours, state), directory / "dckpt", setup),
+            saves.dcp_save(world, state, directory, threads=1),
+            saves.dcp_save(world, state, directory, threads=2),
+            saves.torch_save(world, state, directory),
+            saves.safetensors_save(world, state, directory),
+        ]
+        if torch_checkpointing.is_installed():
+            contenders.append(stack.enter_context(tc_save(world, state, directory)))
+        else:
+            skipped[torch_checkpointing.NAME] = torch_checkpointing.MISSING
+        rounds = take_turns(world, contenders, setup.rounds)
+        total = state.unique_bytes(world)
+    return Series(
+        name="disk",
+        title=f"Blocking save of {len(state.named_local_tensors()):,} tensors, 1 KB of each on every rank",
+        conditions={
+            "ranks": world.size,
+            "bytes": total,
+            "tensors": len(state.named_local_tensors()),
+            "file_system": file_system(directory),
+        },
+        entrants=entrants(contenders),
+        rounds=tuple(rounds),
+        lines=(
+            Line("speed / dcp.save, 1 thread", "at least", 5, Value("dcp.save, 1 thread", "save_s"), OWN),
+            Line("speed / dcp.save, 2 threads", "at least", 5, Value("dcp.save, 2 threads", "save_s"), OWN),
+            Line("bytes of all files / bytes of tensors", "at most", 1.1, Value("dckpt", "file_bytes"), total),
+        ),
+        skipped=skipped,
+    ).to_json()
+
+
+OWN = Value("dckpt", "save_s")
+
+
+def _with_size(world: World, contender: Contender, root: Path, setup: Setup) -> Contender:
+    """The same contender, which also says how large the one checkpoint is that its turn leaves."""
+    if setup.storage is not None:
+        return contender  # only what lies on a file system can be listed here
+
+    def work() -> dict[str, float]:
+        found = contender.work()
+        checkpoint = world.on_rank_0(lambda: sum(path.stat().st_size for path in files_of(_only_step(root))))
+        return found | {"file_bytes": float(checkpoint)}
+
+    return Contender(contender.entrant, work)
+
+
+def _only_step(root: Path) -> Path:
+    (step,) = root.glob("step-*")
+    return step
+
+
+SCENARIO = Scenario("many-small", "Blocking save of 5,000 small tensors", run)

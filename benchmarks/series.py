@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -52,13 +51,3 @@ class Series:
             "medians": medians(self.rounds),
             "lines": [judge(line, self.rounds) for line in self.lines],
         }
-
-
-def skipped_scenario(name: str, title: str, reason: str) -> dict[str, Any]:
-    """The record of a scenario that could not run here."""
-    return {"name": name, "title": title, "skipped": reason, "series": []}
-
-
-def measured_scenario(name: str, title: str, series: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The record of a scenario that ran."""
-    return {"name": name, "title": title, "skipped": None, "series": list(series)}

@@ -7,6 +7,7 @@ born with its cores.
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -147,6 +148,7 @@ def _theirs(
 
 def _measure(world: World, trainer: Trainer, core: int, saving: Saving) -> dict[str, float]:
     with on_core(core):
+        trainer.step()  # whatever the last turn left in the caches is not this contender's
         plain_s = statistics.median(trainer.step()[0] for _ in range(PLAIN_STEPS))
     world.barrier()
     handle, call_s = _timed_call(saving.start)
@@ -170,8 +172,6 @@ def _measure(world: World, trainer: Trainer, core: int, saving: Saving) -> dict[
 
 
 def _timed_call(work: Callable[[], Any]) -> tuple[Any, float]:
-    import time
-
     begin = time.perf_counter()
     result = work()
     return result, time.perf_counter() - begin

@@ -129,22 +129,24 @@ def _serve(connection: Connection, place: tuple[int, int, int, str, str], job: J
 def _first_result(connections: list[Connection]) -> Any:
     """Rank 0's result once all have answered; an error as soon as one fails, is lost, or the deadline passes."""
     limit = time.monotonic() + JOB_DEADLINE_S
-    waiting = dict(zip(connections, range(len(connections)), strict=True))
-    result = None
-    while waiting:
-        ready = wait(list(waiting), timeout=max(0.0, limit - time.monotonic()))
+    answers: dict[int, Any] = {}
+    while len(answers) < len(connections):
+        waiting = {rank: connection for rank, connection in enumerate(connections) if rank not in answers}
+        ready = wait(list(waiting.values()), timeout=max(0.0, limit - time.monotonic()))
         if not ready:
-            raise RankError(f"no answer within {JOB_DEADLINE_S:g} s from ranks {sorted(waiting.values())}")
-        for connection in ready:
-            rank = waiting.pop(connection)  # type: ignore[arg-type]
-            try:
-                is_good, answer = connection.recv()  # type: ignore[union-attr]
-            except EOFError:
-                is_good, answer = False, "the process ended without an answer"
-            if not is_good:
-                raise RankError(f"rank {rank}: {answer}")
-            result = answer if rank == 0 else result
-    return result
+            raise RankError(f"no answer within {JOB_DEADLINE_S:g} s from ranks {sorted(waiting)}")
+        answers |= {rank: _answer(rank, connection) for rank, connection in waiting.items() if connection in ready}
+    return answers[0]
+
+
+def _answer(rank: int, connection: Connection) -> Any:
+    try:
+        is_good, answer = connection.recv()
+    except EOFError:
+        is_good, answer = False, "the process ended without an answer"
+    if not is_good:
+        raise RankError(f"rank {rank}: {answer}")
+    return answer
 
 
 def _free_port() -> int:

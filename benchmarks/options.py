@@ -31,7 +31,7 @@ def parse_options(arguments: Sequence[str], names: Sequence[str]) -> Options:
     """The command line as a record; `names` are the scenarios that exist. Exits with a usage message if it is wrong."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="Measures dckpt beside its peers and the hardware's limits, and writes one JSON record, a table and pictures.",
+        description="Measures dckpt beside peers and the hardware's limits; writes one JSON record, a table and pictures.",
         epilog="Under torchrun the given ranks are used, and scenarios that need another number of ranks are skipped.",
     )
     add = parser.add_argument
@@ -43,7 +43,9 @@ def parse_options(arguments: Sequence[str], names: Sequence[str]) -> Options:
     add("--rounds", type=int, help=f"measured rounds after a discarded one (default: {LEAST_ROUNDS})")
     add("--directory", type=Path, help="where to write; shared by all nodes under torchrun (default: temporary)")
     add("--storage", metavar="URL", help="where dckpt saves, if not in --directory; peers that cannot are skipped")
-    add("--output", type=Path, default=Path("benchmarks/results/latest"), help="directory of record, table and pictures")
+    add(
+        "--output", type=Path, default=Path("benchmarks/results/latest"), help="directory of record, table and pictures"
+    )
     add("--no-pictures", dest="pictures", action="store_false", help="record and table only")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the state lives")
     found = parser.parse_args(arguments)

@@ -9,7 +9,17 @@ from typing import Any
 from benchmarks.table import MEASURES
 
 COLORS = {"limit": "#9aa0a6", "dckpt": "#1a73e8", "peer": "#f29900"}
-DRAWN = ("save_s", "stall_s", "durable_s", "cold_s", "warm_s", "stall_percent", "step_during_s", "read_bytes", "extra_bytes")
+DRAWN = (
+    "save_s",
+    "stall_s",
+    "durable_s",
+    "cold_s",
+    "warm_s",
+    "stall_percent",
+    "step_during_s",
+    "read_bytes",
+    "extra_bytes",
+)
 MOST_PANELS = 3  # beside each other; what comes later in DRAWN is left to the table
 BAR_INCHES, PANEL_INCHES, TITLE_INCHES = 0.32, 4.6, 0.9
 

@@ -30,7 +30,9 @@ class RawFile(AbstractContextManager["RawFile"]):
         self._flags = os.O_DIRECT if is_direct else 0
         self._memory = mmap.mmap(-1, self.size)  # page-aligned, as O_DIRECT asks
         words = np.frombuffer(self._memory, dtype=np.uint64)
-        words[:] = np.arange(len(words), dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)  # not compressible, and touched
+        words[:] = np.arange(len(words), dtype=np.uint64) * np.uint64(
+            0x9E3779B97F4A7C15
+        )  # not compressible, and touched
         self._pool = ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="raw")
 
     def write(self) -> None:

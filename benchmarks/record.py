@@ -60,7 +60,7 @@ def write_record(record: dict[str, Any], path: Path) -> None:
 
 def read_record(path: Path) -> dict[str, Any]:
     """Reads a record; an error if it is none, or one of another version."""
-    record = json.loads(path.read_text(encoding="utf-8"))
+    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     found = record.get("format") if isinstance(record, dict) else None
     if found != FORMAT:
         raise ValueError(f"{path}: expected a {FORMAT}, found {found!r}")

@@ -58,8 +58,8 @@ class Trainer:
             self.step()
             lengths.append(self._world.slowest(min(self.step()[0] for _ in range(2))))
         per_row = max(1e-9, (lengths[1] - lengths[0]) / (PROBES[1] - PROBES[0]))
-        rows = PROBES[0] + (seconds - lengths[0]) / per_row
-        self._rows = self._new_rows(int(max(PROBES[0], min(MOST_ROWS, rows))))
+        fitting = PROBES[0] + (seconds - lengths[0]) / per_row
+        self._rows = self._new_rows(int(max(PROBES[0], min(MOST_ROWS, fitting))))
         self.step()
 
 

@@ -11,6 +11,7 @@ import torch.distributed.checkpoint as dcp
 from benchmarks import states
 from benchmarks.contenders import loads
 from benchmarks.contenders.dckpt_run import DckptRun
+from benchmarks.contenders.peers import ELSEWHERE
 from benchmarks.figures import Line, Value
 from benchmarks.lab import Lab
 from benchmarks.machine import file_system
@@ -22,14 +23,14 @@ from benchmarks.turns import entrants, take_turns
 from benchmarks.world import World
 
 Kind = Literal["fsdp", "ddp", "hsdp", "columns"]
-REPLICAS = 4
 
 LAYOUTS: dict[Kind, str] = {
     "fsdp": "FSDP2",
     "ddp": "DDP",
-    "hsdp": f"HSDP with {REPLICAS} replicas",
+    "hsdp": "HSDP",
     "columns": "columns (tensor parallel)",
 }
+HSDP_SHARDS = 2  # ranks of each replica
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,8 @@ class Layout:
     ranks: int
 
     def __str__(self) -> str:
-        return f"{LAYOUTS[self.kind]} on {self.ranks}"
+        replicas = f" ({self.ranks // HSDP_SHARDS} replicas)" if self.kind == "hsdp" else ""
+        return f"{LAYOUTS[self.kind]} on {self.ranks} ranks{replicas}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,7 @@ def build(kind: Kind, world: World, megabytes: int) -> State:
     if kind == "ddp":
         return states.replicated(world, megabytes)
     if kind == "hsdp":
-        return states.hybrid(world, megabytes, REPLICAS)
+        return states.hybrid(world, megabytes, replicas=world.size // HSDP_SHARDS)
     return states.columns(world, megabytes, world_dim=1)
 
 
@@ -89,13 +91,11 @@ def load(lab: Lab, saved: Saved, layout: Layout, *, name: str, title: str, lines
     return record
 
 
-def load_job(
-    world: World, saved: Saved, kind: Kind, told: tuple[str, str, tuple[Line, ...]]
-) -> dict[str, Any]:
+def load_job(world: World, saved: Saved, kind: Kind, told: tuple[str, str, tuple[Line, ...]]) -> dict[str, Any]:
     """dckpt, dcp.load and the raw limit load in turns; what they read is counted over the whole job."""
     name, title, lines = told
-    setup, skipped = saved.setup, {}
-    directory = setup.directory
+    setup, directory = saved.setup, saved.setup.directory
+    skipped: dict[str, str] = {}
     with ExitStack() as stack:
         state = build(kind, world, setup.megabytes)
         ours = DckptRun(world, setup.root("dckpt"), state)
@@ -104,10 +104,12 @@ def load_job(
         if setup.storage is None:
             contenders.append(loads.dcp_load(world, state, directory / "dcp"))
         else:
-            skipped["dcp.load"] = "measured on file systems only"
+            skipped["dcp.load"] = ELSEWHERE
         for contender in contenders:
             loads.ensure_whole(world, state, contender.work, saved.fingerprint, contender.entrant.name)
-        if takes_direct(directory):
+        if setup.storage is not None:
+            skipped["raw O_DIRECT read"] = ELSEWHERE
+        elif takes_direct(directory):
             path = directory / f"raw-{world.size}"
             world.on_rank_0(lambda: path.mkdir(exist_ok=True))
             raw = RawFile(path / str(world.rank), saved.needed_bytes // world.size, is_direct=True)
@@ -121,7 +123,7 @@ def load_job(
         title=title,
         conditions={
             "saved": str(saved.layout),
-            "loaded": f"{LAYOUTS[kind]} on {world.size}",
+            "loaded": str(Layout(kind, world.size)),
             "ranks": world.size,
             "bytes": saved.needed_bytes,
             "tensors": saved.tensors,

@@ -92,6 +92,4 @@ def join(rank: int, size: int, local_rank: int, rendezvous: str, choice: str) ->
 def join_given(choice: str) -> World:
     """The world that torchrun describes in the environment."""
     environ = os.environ
-    return join(
-        int(environ["RANK"]), int(environ["WORLD_SIZE"]), int(environ.get("LOCAL_RANK", "0")), "env://", choice
-    )
+    return join(int(environ["RANK"]), int(environ["WORLD_SIZE"]), int(environ.get("LOCAL_RANK", "0")), "env://", choice)

@@ -31,9 +31,7 @@ def command() -> str:
 
 def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Runs `dckpt` and raises with its own words if it fails."""
-    ended = subprocess.run(
-        [command(), *arguments], capture_output=True, text=True, check=False, timeout=CLI_DEADLINE_S
-    )
+    ended = subprocess.run([command(), *arguments], capture_output=True, text=True, check=False, timeout=CLI_DEADLINE_S)
     if ended.returncode not in (0, 1):
         raise RuntimeError(f"dckpt {' '.join(arguments)} ended with {ended.returncode}: {ended.stderr or ended.stdout}")
     return ended
@@ -41,9 +39,7 @@ def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def has_command(name: str) -> bool:
     """Whether this version of the program has the subcommand."""
-    ended = subprocess.run(
-        [command(), name, "--help"], capture_output=True, check=False, timeout=CLI_DEADLINE_S
-    )
+    ended = subprocess.run([command(), name, "--help"], capture_output=True, check=False, timeout=CLI_DEADLINE_S)
     return ended.returncode == 0
 
 

@@ -71,7 +71,7 @@ def dcp_load(world: World, state: State, path: Path) -> Contender:
     )
 
 
-def tc_load(world: World, manager: Manager, path: Path) -> Contender:
+def torch_checkpointing_load(world: World, manager: Manager, path: Path) -> Contender:
     """torch_checkpointing into the live tensors."""
     return Contender(
         Entrant(NAME, "peer", READS, NOTE),
@@ -80,10 +80,11 @@ def tc_load(world: World, manager: Manager, path: Path) -> Contender:
 
 
 def save_files(world: World, state: State, directory: Path) -> None:
-    """What `torch_load` and `safetensors_load` read."""
+    """What `dcp_load`, `torch_load` and `safetensors_load` read."""
+    dcp.save(state.state_dict(), checkpoint_id=directory / "dcp")
     tensors = state.named_local_tensors()
-    for name in ("torch", "safetensors"):
-        world.on_rank_0(lambda name=name: (directory / name).mkdir(parents=True, exist_ok=True))
+    for path in (directory / "torch", directory / "safetensors"):
+        os.makedirs(path, exist_ok=True)  # on every rank: whoever comes first makes it
     torch.save(tensors, directory / "torch" / str(world.rank))
     safetensors.torch.save_file(tensors, directory / "safetensors" / str(world.rank))
     world.barrier()

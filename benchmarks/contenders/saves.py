@@ -12,6 +12,7 @@ import torch.distributed.checkpoint as dcp
 
 from benchmarks import fio
 from benchmarks.contenders.policies import FILES_SYNCED, FILES_SYNCED_BY_US, NOT_ATOMIC, RAW_SYNCED
+from benchmarks.contenders.torch_checkpointing import NAME, NOTE, Manager
 from benchmarks.raw import RawFile
 from benchmarks.series import Entrant
 from benchmarks.states import State
@@ -37,9 +38,7 @@ def dcp_save(world: World, state: State, directory: Path, threads: int) -> Conte
 
     name = f"dcp.save, {threads} thread{'s' if threads > 1 else ''}"
     note = f"{NOT_ATOMIC}; plans anew each time"
-    return Contender(
-        Entrant(name, "peer", FILES_SYNCED, note), lambda: _into_new_directory(world, state, path, save)
-    )
+    return Contender(Entrant(name, "peer", FILES_SYNCED, note), lambda: _into_new_directory(world, state, path, save))
 
 
 def torch_save(world: World, state: State, directory: Path) -> Contender:
@@ -71,6 +70,19 @@ def safetensors_save(world: World, state: State, directory: Path) -> Contender:
         Entrant("safetensors", "peer", FILES_SYNCED_BY_US, f"a file per rank; cannot reshard; {NOT_ATOMIC}"),
         lambda: _into_new_directory(world, state, path, save),
     )
+
+
+def torch_checkpointing_save(world: World, state: State, directory: Path, manager: Manager) -> Contender:
+    """Its synchronous save, which renames its own temporary directory to the path."""
+    path = directory / "torch-checkpointing"
+
+    def work() -> dict[str, float]:
+        state.advance()
+        seconds = world.timed(lambda: manager.save(path))
+        remove(world, path)
+        return {"save_s": seconds}
+
+    return Contender(Entrant(NAME, "peer", FILES_SYNCED_BY_US, NOTE), work)
 
 
 def raw_write(world: World, state: State, raw: RawFile, name: str) -> Contender:

@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,8 +19,8 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
 from benchmarks.contenders.dckpt_run import DckptRun, ensure_committed
-from benchmarks.contenders.policies import ALL_SYNCED, COMMITTED, FILES_SYNCED, NOTHING_WRITTEN
-from benchmarks.contenders.torch_checkpointing import FSYNC, NAME, NOTE, Manager
+from benchmarks.contenders.policies import ALL_SYNCED, COMMITTED, FILES_SYNCED, FILES_SYNCED_BY_US, NOTHING_WRITTEN
+from benchmarks.contenders.torch_checkpointing import NAME, NOTE, Manager
 from benchmarks.series import Entrant
 from benchmarks.states import State
 from benchmarks.system import remove
@@ -81,61 +81,49 @@ def dckpt_async(world: World, run: DckptRun, state: State) -> Contender:
     return Contender(Entrant("dckpt", "dckpt", ALL_SYNCED, COMMITTED), work)
 
 
-@contextmanager
-def dcp_async(world: World, state: State, directory: Path, variant: Variant) -> Iterator[Contender]:
+def dcp_async(world: World, state: State, directory: Path, variant: Variant, stack: ExitStack) -> Contender:
     """`dcp.async_save` of a state dict that was made beforehand."""
     path, held = directory / f"dcp-{variant.replace(', ', '-').replace(' ', '-')}", state.state_dict()
     options: dict[str, Any] = {"process_group": dist.new_group(backend="gloo")}
-    stager = _stager(variant)
-    if stager is not None:
-        options["async_stager"] = stager
     if variant == "process":
         options = {"async_checkpointer_type": AsyncCheckpointerType.PROCESS}
+    elif variant != "thread":
+        stager = reused_stager(is_pinned=variant == "thread, pinned staging")
+        stack.callback(stager.close)
+        options["async_stager"] = stager
+    entrant = Entrant(f"dcp.async_save, {variant}", "peer", FILES_SYNCED, NOTES[variant])
 
+    def start() -> Future[Any]:
+        found: Future[Any] = dcp.async_save(held, checkpoint_id=path, **options)
+        return found
+
+    return _peer(world, state, entrant, path, start)
+
+
+def torch_checkpointing_async(world: World, state: State, directory: Path, manager: Manager) -> Contender:
+    """Its asynchronous save, staged before the call returns."""
+    path = directory / "torch-checkpointing"
+    entrant = Entrant(NAME, "peer", FILES_SYNCED_BY_US, f"writes in a process of its own, shared memory; {NOTE}")
+    return _peer(world, state, entrant, path, lambda: manager.save(path))
+
+
+def _peer(world: World, state: State, entrant: Entrant, path: Path, start: Callable[[], Future[Any]]) -> Contender:
     def work() -> dict[str, float]:
         state.advance()
-        found = stalled(world, lambda: dcp.async_save(held, checkpoint_id=path, **options), _wait)
+        found = stalled(world, start, lambda future: future.result())
         remove(world, path)
         return found
 
-    yield Contender(Entrant(f"dcp.async_save, {variant}", "peer", FILES_SYNCED, NOTES[variant]), work)
-    if stager is not None:
-        stager.close()
+    return Contender(entrant, work)
 
 
-def _wait(response: Future[Any]) -> None:
-    response.result()
-
-
-def _stager(variant: Variant) -> DefaultStager | None:
-    if variant == "thread, pinned staging":
-        return DefaultStager(
-            StagingOptions(
-                use_pinned_memory=True, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=True
-            )
+def reused_stager(*, is_pinned: bool) -> DefaultStager:
+    """A stager that keeps its memory from save to save."""
+    return DefaultStager(
+        StagingOptions(
+            use_pinned_memory=is_pinned,
+            use_shared_memory=False,
+            use_async_staging=False,
+            use_non_blocking_copy=is_pinned,
         )
-    if variant == "thread, reused staging":
-        return DefaultStager(
-            StagingOptions(
-                use_pinned_memory=False, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=False
-            )
-        )
-    return None
-
-
-@contextmanager
-def tc_async(world: World, state: State, directory: Path) -> Iterator[Contender]:
-    """torch_checkpointing's asynchronous save, staged before the call returns."""
-    manager, path = Manager(world, state, is_async=True), directory / "torch-checkpointing"
-
-    def work() -> dict[str, float]:
-        state.advance()
-        found = stalled(world, lambda: manager.save(path), _wait)
-        remove(world, path)
-        return found
-
-    note = f"writes in a process of its own, shared memory; {NOTE}"
-    try:
-        yield Contender(Entrant(NAME, "peer", FSYNC, note), work)
-    finally:
-        manager.close()
+    )

@@ -9,14 +9,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.contenders.policies import FILES_SYNCED_BY_US
 from benchmarks.states import State
 from benchmarks.system import files_of, sync_file
 from benchmarks.world import World
 
 NAME = "torch_checkpointing"
 MISSING = "torch_checkpointing is not installed (it is in the extra `bench`)"
-FSYNC = FILES_SYNCED_BY_US
 NOTE = "atomic rename, no checksum; without its O_DIRECT, which fails on ext4, and on CPU without resharding metadata"
 
 

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from benchmarks import states
-from benchmarks.contenders import stalls, torch_checkpointing
+from benchmarks.contenders import peers, stalls
 from benchmarks.contenders.dckpt_run import DckptRun
 from benchmarks.figures import Line, Value
 from benchmarks.lab import Lab, Scenario
@@ -17,7 +17,6 @@ from benchmarks.turns import entrants, take_turns
 from benchmarks.world import World
 
 STALL = Value("dckpt", "stall_s")
-NO_GPU = "pinned memory needs a GPU"
 
 
 def run(lab: Lab) -> list[dict[str, Any]]:
@@ -34,20 +33,11 @@ def job(world: World, setup: Setup) -> dict[str, Any]:
         state = states.few_large(world, setup.megabytes)
         ours = DckptRun(world, setup.root("dckpt"), state)
         stack.callback(ours.close)
-        variants: list[stalls.Variant] = ["thread", "thread, reused staging", "process"]
-        if world.device.type == "cuda":
-            variants.append("thread, pinned staging")
-        else:
-            skipped["dcp.async_save, thread, pinned staging"] = NO_GPU
         contenders = [
             stalls.plain_copy(world, state),
             stalls.dckpt_async(world, ours, state),
-            *(stack.enter_context(stalls.dcp_async(world, state, directory, variant)) for variant in variants),
+            *peers.async_peers(world, state, setup, stack, skipped),
         ]
-        if torch_checkpointing.is_installed():
-            contenders.append(stack.enter_context(stalls.tc_async(world, state, directory)))
-        else:
-            skipped[torch_checkpointing.NAME] = torch_checkpointing.MISSING
         rounds = take_turns(world, contenders, setup.rounds)
         total = state.unique_bytes(world)
     peer = "dcp.async_save, thread"

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, Literal
 
 from benchmarks import fio, states
-from benchmarks.contenders import saves, torch_checkpointing
+from benchmarks.contenders import peers, saves
 from benchmarks.contenders.dckpt_run import DckptRun, blocking_save
-from benchmarks.contenders.tc_contenders import tc_save
 from benchmarks.figures import Line, Value
 from benchmarks.lab import Lab, Scenario
 from benchmarks.machine import file_system
 from benchmarks.raw import RawFile, takes_direct
 from benchmarks.series import Series
 from benchmarks.setup import Setup
-from benchmarks.turns import entrants, take_turns
+from benchmarks.states import State
+from benchmarks.turns import Contender, entrants, take_turns
 from benchmarks.world import World
 
+Medium = Literal["disk", "tmpfs"]
 OWN = Value("dckpt", "save_s")
 DIRECT, BUFFERED = "raw O_DIRECT", "raw pwrite"
 
@@ -30,38 +31,19 @@ def run(lab: Lab) -> list[dict[str, Any]]:
     return found
 
 
-def job(world: World, setup: Setup, medium: str) -> dict[str, Any]:
+def job(world: World, setup: Setup, medium: Medium) -> dict[str, Any]:
     """Every contender saves the same state; seconds until the slowest rank's bytes are durable."""
-    directory = setup.directory
-    world.on_rank_0(lambda: directory.mkdir(parents=True, exist_ok=True))
-    is_direct = medium == "disk" and takes_direct(directory)
-    limit = DIRECT if is_direct else BUFFERED
+    world.on_rank_0(lambda: setup.directory.mkdir(parents=True, exist_ok=True))
     skipped: dict[str, str] = {}
     with ExitStack() as stack:
         state = states.few_large(world, setup.megabytes)
-        raw = stack.enter_context(
-            RawFile(directory / "raw" / str(world.rank), state.local_bytes, is_direct=is_direct)
-        )
-        run_of_ours = DckptRun(world, setup.root("dckpt"), state)
-        stack.callback(run_of_ours.close)
+        ours = DckptRun(world, setup.root("dckpt"), state)
+        stack.callback(ours.close)
         contenders = [
-            saves.raw_write(world, state, raw, limit),
-            blocking_save(world, run_of_ours, state),
-            saves.dcp_save(world, state, directory, threads=1),
-            saves.dcp_save(world, state, directory, threads=2),
-            saves.torch_save(world, state, directory),
-            saves.safetensors_save(world, state, directory),
+            *_limits(world, state, setup, medium, stack, skipped),
+            blocking_save(world, ours, state),
+            *peers.save_peers(world, state, setup, stack, skipped),
         ]
-        if not is_direct:
-            skipped["fio"] = "measures O_DIRECT, which is not this medium's limit"
-        elif fio.version() is None:
-            skipped["fio"] = "fio is not installed"
-        else:
-            contenders.append(saves.fio_write(world, state, directory))
-        if torch_checkpointing.is_installed():
-            contenders.append(stack.enter_context(tc_save(world, state, directory)))
-        else:
-            skipped[torch_checkpointing.NAME] = torch_checkpointing.MISSING
         rounds = take_turns(world, contenders, setup.rounds)
         total = state.unique_bytes(world)
     return Series(
@@ -71,28 +53,48 @@ def job(world: World, setup: Setup, medium: str) -> dict[str, Any]:
             "ranks": world.size,
             "bytes": total,
             "tensors": len(state.named_local_tensors()),
-            "file_system": file_system(directory),
-            "limit": f"{limit} by our own writer" + (f", and {fio.version()}" if is_direct and fio.version() else ""),
+            "file_system": file_system(setup.directory),
+            "limit": fio.version() or "own writer; fio is not installed",
         },
         entrants=entrants(contenders),
         rounds=tuple(rounds),
-        lines=_lines(medium, limit),
+        lines=_lines(medium),
         skipped=skipped,
     ).to_json()
 
 
-def _lines(medium: str, limit: str) -> tuple[Line, ...]:
-    if medium == "tmpfs":
-        return (
-            Line("speed / dcp.save, 1 thread", "at least", 1.2, Value("dcp.save, 1 thread", "save_s"), OWN),
-            Line("speed / dcp.save, 2 threads", "at least", 1.2, Value("dcp.save, 2 threads", "save_s"), OWN),
-        )
-    return (
-        Line(f"speed / {limit}", "at least", 0.90, Value(limit, "save_s"), OWN),
-        Line("speed / fio", "at least", 0.90, Value("fio", "save_s"), OWN),
-        Line("speed / dcp.save, 1 thread", "at least", 1.3, Value("dcp.save, 1 thread", "save_s"), OWN),
-        Line("speed / dcp.save, 2 threads", "at least", 1.3, Value("dcp.save, 2 threads", "save_s"), OWN),
+def _limits(
+    world: World, state: State, setup: Setup, medium: Medium, stack: ExitStack, skipped: dict[str, str]
+) -> list[Contender]:
+    """What the medium takes: O_DIRECT by our own writer and by fio, or plain writes where memory is the medium."""
+    if setup.storage is not None:
+        skipped["limits"] = peers.ELSEWHERE
+        return []
+    is_direct = medium == "disk" and takes_direct(setup.directory)
+    path = setup.directory / "raw" / str(world.rank)
+    raw = stack.enter_context(RawFile(path, state.local_bytes, is_direct=is_direct))
+    own = saves.raw_write(world, state, raw, DIRECT if is_direct else BUFFERED)
+    if not is_direct:
+        skipped["fio"] = "measures O_DIRECT, which is not this medium's limit"
+    elif fio.version() is None:
+        skipped["fio"] = "fio is not installed"
+    else:
+        return [own, saves.fio_write(world, state, setup.directory)]
+    return [own]
+
+
+def _lines(medium: Medium) -> tuple[Line, ...]:
+    target = 1.2 if medium == "tmpfs" else 1.3
+    beside_dcp = tuple(
+        Line(f"speed / {name}", "at least", target, Value(name, "save_s"), OWN)
+        for name in ("dcp.save, 1 thread", "dcp.save, 2 threads")
     )
+    if medium == "tmpfs":
+        return beside_dcp
+    beside_limits = tuple(
+        Line(f"speed / {name}", "at least", 0.90, Value(name, "save_s"), OWN) for name in (DIRECT, "fio")
+    )
+    return (*beside_limits, *beside_dcp)
 
 
 SCENARIO = Scenario("blocking-save", "Blocking save of a few large tensors", run)

@@ -13,6 +13,7 @@ import torch.distributed.checkpoint as dcp
 
 from benchmarks import states
 from benchmarks.contenders.dckpt_run import DckptRun, ensure_committed
+from benchmarks.contenders.peers import ELSEWHERE
 from benchmarks.contenders.policies import ALL_SYNCED, COMMITTED, FILES_SYNCED, READS
 from benchmarks.figures import Line, Round, Value
 from benchmarks.lab import Lab, Scenario
@@ -58,7 +59,7 @@ def _series(lab: Lab, work: Work) -> dict[str, Any]:
         ),
         rounds=tuple(rounds),
         lines=(_line(work, shard_bytes),),
-        skipped={} if "dcp" in whose else {peer: "measured on file systems only"},
+        skipped={} if "dcp" in whose else {peer: ELSEWHERE},
     ).to_json()
 
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import Any
 
-import torch.distributed.checkpoint as dcp
-
 from benchmarks import fio, states
-from benchmarks.contenders import loads, torch_checkpointing
+from benchmarks.contenders import loads, peers
 from benchmarks.contenders.dckpt_run import DckptRun
 from benchmarks.figures import Line, Value
 from benchmarks.lab import Lab, Scenario
@@ -20,6 +18,7 @@ from benchmarks.states import State
 from benchmarks.turns import Contender, entrants, take_turns
 from benchmarks.world import World
 
+COLD_FILES = "each file fsynced, then dropped from the page cache with posix_fadvise"
 COLD, WARM = Value("dckpt", "cold_s"), Value("dckpt", "warm_s")
 
 
@@ -49,7 +48,7 @@ def job(world: World, setup: Setup) -> dict[str, Any]:
             "bytes": total,
             "tensors": len(state.named_local_tensors()),
             "file_system": file_system(directory),
-            "cold": "each file fsynced, then dropped from the page cache with posix_fadvise",
+            "cold": COLD_FILES if setup.storage is None else "as the storage serves it: nothing is dropped",
         },
         entrants=entrants(contenders),
         rounds=tuple(rounds),
@@ -62,9 +61,10 @@ def job(world: World, setup: Setup) -> dict[str, Any]:
     ).to_json()
 
 
-def _limits(
-    world: World, state: State, setup: Setup, stack: ExitStack, skipped: dict[str, str]
-) -> list[Contender]:
+def _limits(world: World, state: State, setup: Setup, stack: ExitStack, skipped: dict[str, str]) -> list[Contender]:
+    """What the medium and the page cache give."""
+    if setup.storage is not None:
+        return _note(skipped, {"limits": peers.ELSEWHERE})
     path = setup.directory / "raw"
     world.on_rank_0(lambda: path.mkdir(exist_ok=True))
     raw = stack.enter_context(RawFile(path / str(world.rank), state.local_bytes, is_direct=False))
@@ -79,30 +79,17 @@ def _limits(
     return [*found, loads.fio_read(world, state, setup.directory)]
 
 
-def _loaders(
-    world: World, state: State, setup: Setup, stack: ExitStack, skipped: dict[str, str]
-) -> list[Contender]:
-    directory, expected = setup.directory, state.fingerprint(world)
+def _loaders(world: World, state: State, setup: Setup, stack: ExitStack, skipped: dict[str, str]) -> list[Contender]:
+    """dckpt and its peers, each of them having shown that it brings the state back."""
+    expected = state.fingerprint(world)
     ours = DckptRun(world, setup.root("dckpt"), state)
     stack.callback(ours.close)
     ours.save()
-    loads.ensure_whole(world, state, ours.load, expected, "dckpt")
-    dcp.save(state.state_dict(), checkpoint_id=directory / "dcp")
-    loads.save_files(world, state, directory)
     found = [
-        loads.dckpt_load(world, ours, directory / "dckpt"),
-        loads.dcp_load(world, state, directory / "dcp"),
-        loads.torch_load(world, state, directory),
-        loads.safetensors_load(world, state, directory),
+        loads.dckpt_load(world, ours, setup.directory / "dckpt"),
+        *peers.load_peers(world, state, setup, stack, skipped),
     ]
-    if torch_checkpointing.is_installed():
-        manager = torch_checkpointing.Manager(world, state, is_async=False)
-        stack.callback(manager.close)
-        manager.save(directory / "torch-checkpointing")
-        found.append(loads.tc_load(world, manager, directory / "torch-checkpointing"))
-    else:
-        skipped[torch_checkpointing.NAME] = torch_checkpointing.MISSING
-    for contender in found[1:]:
+    for contender in found:
         loads.ensure_whole(world, state, contender.work, expected, contender.entrant.name)
     return found
 

@@ -53,9 +53,7 @@ def job(world: World, setup: Setup) -> dict[str, Any]:
         },
         entrants=entrants(contenders),
         rounds=tuple(rounds),
-        lines=(
-            Line("bytes written / bytes changed", "at most", 1.03, Value("dckpt", "file_bytes"), float(changed)),
-        ),
+        lines=(Line("bytes written / bytes changed", "at most", 1.03, Value("dckpt", "file_bytes"), float(changed)),),
     ).to_json()
 
 

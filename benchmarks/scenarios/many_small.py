@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import states
-from benchmarks.contenders import saves, torch_checkpointing
+from benchmarks.contenders import peers
 from benchmarks.contenders.dckpt_run import DckptRun, blocking_save
-from benchmarks.contenders.tc_contenders import tc_save
 from benchmarks.figures import Line, Value
 from benchmarks.lab import Lab, Scenario
 from benchmarks.machine import file_system
@@ -21,6 +20,7 @@ from benchmarks.world import World
 
 COUNT, QUICK_COUNT = 5000, 100
 CHUNK_BYTES = 1024
+OWN = Value("dckpt", "save_s")
 
 
 def run(lab: Lab) -> list[dict[str, Any]]:
@@ -39,15 +39,8 @@ def job(world: World, setup: Setup) -> dict[str, Any]:
         stack.callback(ours.close)
         contenders = [
             _with_size(world, blocking_save(world, ours, state), directory / "dckpt", setup),
-            saves.dcp_save(world, state, directory, threads=1),
-            saves.dcp_save(world, state, directory, threads=2),
-            saves.torch_save(world, state, directory),
-            saves.safetensors_save(world, state, directory),
+            *peers.save_peers(world, state, setup, stack, skipped),
         ]
-        if torch_checkpointing.is_installed():
-            contenders.append(stack.enter_context(tc_save(world, state, directory)))
-        else:
-            skipped[torch_checkpointing.NAME] = torch_checkpointing.MISSING
         rounds = take_turns(world, contenders, setup.rounds)
         total = state.unique_bytes(world)
     return Series(
@@ -68,9 +61,6 @@ def job(world: World, setup: Setup) -> dict[str, Any]:
         ),
         skipped=skipped,
     ).to_json()
-
-
-OWN = Value("dckpt", "save_s")
 
 
 def _with_size(world: World, contender: Contender, root: Path, setup: Setup) -> Contender:

@@ -49,7 +49,7 @@ def job(world: World, saved: Saved, setup: Setup) -> dict[str, Any]:
         rounds = take_turns(world, contenders, setup.rounds)
     return Series(
         name="matched",
-        title=f"{SAVED} ranks, loaded on {LOADED.ranks}, with and without `dckpt reshard` before",
+        title=f"{SAVED}, loaded on {LOADED.ranks}, with and without `dckpt reshard` before",
         conditions={
             "ranks": world.size,
             "bytes": saved.needed_bytes,

@@ -15,11 +15,12 @@ from typing import Any, Literal
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from benchmarks import states
 from benchmarks.contenders.dckpt_run import DckptRun, ensure_committed, takes_overlap
+from benchmarks.contenders.peers import ELSEWHERE
 from benchmarks.contenders.policies import ALL_SYNCED, COMMITTED, FILES_SYNCED
+from benchmarks.contenders.stalls import reused_stager
 from benchmarks.figures import Line, Value
 from benchmarks.lab import Lab, Scenario
 from benchmarks.launch import NotHereError
@@ -39,6 +40,16 @@ PLAIN_STEPS = 3
 MOST_STEPS = 200
 OVERLAP, PLAIN = "dckpt, overlap=True", "dckpt"
 NO_OVERLAP = "this version of dckpt has no Checkpointer(overlap=)"
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """What trains, and on which core."""
+
+    world: World
+    state: State
+    trainer: Trainer
+    core: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,15 +88,16 @@ def job(world: World, setup: Setup, name: Cores) -> dict[str, Any]:
         core = own_cores[world.local_rank % len(own_cores)]
         with on_core(core):
             trainer.fit(QUICK_STEP_S if setup.quick else STEP_S)
-        contenders = [_ours(world, setup, state, trainer, core, stack, is_overlapped=False)]
+        bench = Bench(world, state, trainer, core)
+        contenders = [_ours(bench, setup, stack, is_overlapped=False)]
         if takes_overlap():
-            contenders.insert(0, _ours(world, setup, state, trainer, core, stack, is_overlapped=True))
+            contenders.insert(0, _ours(bench, setup, stack, is_overlapped=True))
         else:
             skipped[OVERLAP] = NO_OVERLAP
-        contenders += [
-            _theirs(world, setup, state, trainer, core, stack, is_reused=False),
-            _theirs(world, setup, state, trainer, core, stack, is_reused=True),
-        ]
+        if setup.storage is None:
+            contenders += [_theirs(bench, setup, stack, is_reused=is_reused) for is_reused in (False, True)]
+        else:
+            skipped["peers"] = ELSEWHERE
         rounds = take_turns(world, contenders, setup.rounds)
         total = state.unique_bytes(world)
     return Series(
@@ -115,46 +127,42 @@ def _lines() -> tuple[Line, ...]:
     )
 
 
-def _ours(
-    world: World, setup: Setup, state: State, trainer: Trainer, core: int, stack: ExitStack, *, is_overlapped: bool
-) -> Contender:
+def _ours(bench: Bench, setup: Setup, stack: ExitStack, *, is_overlapped: bool) -> Contender:
     options = {"overlap": True} if is_overlapped else {}
-    ours = DckptRun(world, setup.root("overlapped" if is_overlapped else "dckpt"), state, **options)
+    ours = DckptRun(bench.world, setup.root("overlapped" if is_overlapped else "dckpt"), bench.state, **options)
     stack.callback(ours.close)
     saving = Saving(ours.start_save, lambda pending: pending.done, ensure_committed, ours.keep_newest)
     entrant = Entrant(OVERLAP if is_overlapped else PLAIN, "dckpt", ALL_SYNCED, COMMITTED)
-    return Contender(entrant, lambda: _measure(world, trainer, core, saving))
+    return Contender(entrant, lambda: _measure(bench, saving))
 
 
-def _theirs(
-    world: World, setup: Setup, state: State, trainer: Trainer, core: int, stack: ExitStack, *, is_reused: bool
-) -> Contender:
-    path, held = setup.directory / ("dcp-reused" if is_reused else "dcp"), state.state_dict()
+def _theirs(bench: Bench, setup: Setup, stack: ExitStack, *, is_reused: bool) -> Contender:
+    path, held = setup.directory / ("dcp-reused" if is_reused else "dcp"), bench.state.state_dict()
     options: dict[str, Any] = {"process_group": dist.new_group(backend="gloo")}
     if is_reused:
-        has_gpu = world.device.type == "cuda"
-        stager = DefaultStager(StagingOptions(has_gpu, False, False, has_gpu))
+        stager = reused_stager(is_pinned=bench.world.device.type == "cuda")
         stack.callback(stager.close)
         options["async_stager"] = stager
     saving = Saving(
         lambda: dcp.async_save(held, checkpoint_id=path, **options),
         lambda future: future.done(),
         lambda future: future.result(),
-        lambda: remove(world, path),
+        lambda: remove(bench.world, path),
     )
     name = "dcp.async_save, thread" + (", reused staging" if is_reused else "")
-    return Contender(Entrant(name, "peer", FILES_SYNCED), lambda: _measure(world, trainer, core, saving))
+    return Contender(Entrant(name, "peer", FILES_SYNCED), lambda: _measure(bench, saving))
 
 
-def _measure(world: World, trainer: Trainer, core: int, saving: Saving) -> dict[str, float]:
-    with on_core(core):
+def _measure(bench: Bench, saving: Saving) -> dict[str, float]:
+    world, trainer = bench.world, bench.trainer
+    with on_core(bench.core):
         trainer.step()  # whatever the last turn left in the caches is not this contender's
         plain_s = statistics.median(trainer.step()[0] for _ in range(PLAIN_STEPS))
     world.barrier()
     handle, call_s = _timed_call(saving.start)
     trainer.watch_gate()
     steps: list[tuple[float, float]] = []
-    with on_core(core):
+    with on_core(bench.core):
         # All ranks take the same number of steps: a step communicates.
         while not steps or (len(steps) < MOST_STEPS and world.total(not saving.done(handle))):
             steps.append(trainer.step())

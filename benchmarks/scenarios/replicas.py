@@ -7,15 +7,16 @@ from typing import Any
 from benchmarks import transfer
 from benchmarks.lab import Lab, Scenario
 from benchmarks.system import remove_tree
-from benchmarks.transfer import REPLICAS, Layout
+from benchmarks.transfer import HSDP_SHARDS, Layout
 
-LAYOUTS = (Layout("ddp", REPLICAS), Layout("hsdp", 2 * REPLICAS))
+REPLICAS, QUICK_REPLICAS = 4, 2
 
 
 def run(lab: Lab) -> list[dict[str, Any]]:
     """A series for DDP and one for HSDP, four replicas each."""
     found = []
-    for layout in LAYOUTS:
+    replicas = QUICK_REPLICAS if lab.setup.quick else REPLICAS
+    for layout in (Layout("ddp", replicas), Layout("hsdp", replicas * HSDP_SHARDS)):
         setup = lab.setup.within(f"replicas-{layout.kind}")
         saved = transfer.save(lab, layout, setup)
         found.append(
@@ -24,7 +25,7 @@ def run(lab: Lab) -> list[dict[str, Any]]:
                 saved,
                 layout,
                 name=layout.kind,
-                title=f"{layout} ranks, loaded on the same",
+                title=f"{layout}, loaded on the same",
                 lines=(transfer.read_once(saved),),
             )
         )

@@ -30,17 +30,17 @@ def run(lab: Lab) -> list[dict[str, Any]]:
         setup = lab.setup.within(f"reshard-{source.kind}-{source.ranks}")
         saved = transfer.save(lab, source, setup)
         for target in targets:
-            lines = (transfer.read_once(saved),)
+            lines = [transfer.read_once(saved)]
             if (source.kind, source.ranks, target.ranks) == SPEED_MOVE:
-                lines += (transfer.faster_than_dcp(SPEED_TARGET),)
+                lines.append(transfer.faster_than_dcp(SPEED_TARGET))
             found.append(
                 transfer.load(
                     lab,
                     saved,
                     target,
                     name=f"{source.kind}-{source.ranks}-to-{target.kind}-{target.ranks}",
-                    title=f"{source} → {target} ranks",
-                    lines=lines,
+                    title=f"{source} → {target}",
+                    lines=tuple(lines),
                 )
             )
         remove_tree(setup.directory)

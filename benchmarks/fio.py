@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.raw import ALIGNMENT, BLOCK_BYTES, IN_FLIGHT
+from benchmarks.world import World
 
 DEADLINE_S = 900
 
@@ -18,6 +19,13 @@ def version() -> str | None:
     if shutil.which("fio") is None:
         return None
     return subprocess.run(["fio", "--version"], capture_output=True, text=True, check=True, timeout=60).stdout.strip()
+
+
+def why_not(world: World) -> str | None:
+    """Why fio cannot give the limit of these ranks; None if it can."""
+    if world.local_size < world.size:
+        return "fio runs on one node, and the ranks are on several"
+    return "fio is not installed" if version() is None else None
 
 
 def seconds(directory: Path, jobs: int, job_bytes: int, kind: Literal["write", "read"]) -> float:

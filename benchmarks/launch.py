@@ -59,7 +59,7 @@ class OwnWorlds:
         processes, connections = [], []
         for rank in range(ranks):
             ours, theirs = self._context.Pipe(duplex=False)
-            place = (rank, ranks, rank, rendezvous, self._device)
+            place = (rank, ranks, rank, ranks, rendezvous, self._device)
             process = self._context.Process(target=_serve, args=(theirs, place, job, args), name=f"rank {rank}")
             process.start()
             theirs.close()
@@ -67,9 +67,9 @@ class OwnWorlds:
             connections.append(ours)
         try:
             result = _first_result(connections)
-        except RankError:
+        except BaseException:
             for process in processes:
-                process.kill()  # the others wait for the one that failed
+                process.kill()  # the others wait for the one that failed; and nobody waits for any when this process is ended
             raise
         finally:
             for process in processes:
@@ -107,7 +107,7 @@ class GivenWorld:
         dist.destroy_process_group()
 
 
-def _serve(connection: Connection, place: tuple[int, int, int, str, str], job: Job, args: tuple[Any, ...]) -> None:
+def _serve(connection: Connection, place: tuple[int, int, int, int, str, str], job: Job, args: tuple[Any, ...]) -> None:
     """One rank of `OwnWorlds`, from its start to its end."""
     import torch.distributed as dist
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -31,6 +33,8 @@ def main(arguments: Sequence[str]) -> int:
         for name in MODULES:
             print(f"{name:16}{scenario(name).title}")
         return 0
+    # Ended from outside, a run still removes its gigabytes and ends its ranks.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     return _run_given(options) if "RANK" in os.environ else _run_own(options)
 
 
@@ -58,7 +62,9 @@ def _run_given(options: Options) -> int:
 
 def _run_all(options: Options, worlds: Worlds, directory: Path, memory: Path | None) -> int:
     megabytes = options.megabytes or _fitting_megabytes(options, directory)
-    setup = Setup(directory, options.storage, megabytes, options.rounds, options.quick)
+    # A run of dckpt must be new: under the storage's URL every run of the benchmarks has a place of its own.
+    storage = None if options.storage is None else f"{options.storage.rstrip('/')}/{directory.name}"
+    setup = Setup(directory, storage, megabytes, options.rounds, options.quick)
     lab = Lab(worlds, setup, memory, print if worlds.is_told else _say_nothing)
     chosen = [scenario(name) for name in (options.only or MODULES)]
     lab.told(f"{megabytes:,} MB over {lab.ranks} ranks, {options.rounds} rounds after a discarded one")

@@ -42,7 +42,11 @@ def parse_options(arguments: Sequence[str], names: Sequence[str]) -> Options:
     add("--megabytes", type=int, help="bytes of the state over all ranks (default: what fits this machine)")
     add("--rounds", type=int, help=f"measured rounds after a discarded one (default: {LEAST_ROUNDS})")
     add("--directory", type=Path, help="where to write; shared by all nodes under torchrun (default: temporary)")
-    add("--storage", metavar="URL", help="where dckpt saves, if not in --directory; peers that cannot are skipped")
+    add(
+        "--storage",
+        metavar="URL",
+        help="where dckpt saves, if not in --directory; it is not emptied, and peers are skipped",
+    )
     add(
         "--output", type=Path, default=Path("benchmarks/results/latest"), help="directory of record, table and pictures"
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ def draw(record: dict[str, Any], directory: Path) -> list[Path]:
             continue
         figure = _figure(scenario)
         for ending in ("svg", "png"):
-            path = directory / f"{re.sub('[^a-z0-9-]', '-', scenario['name'])}.{ending}"
+            path = directory / f"{scenario['name']}.{ending}"
             figure.savefig(path, dpi=110, metadata={"Date": None} if ending == "svg" else None)
             written.append(path)
     return written

@@ -60,10 +60,11 @@ def write_record(record: dict[str, Any], path: Path) -> None:
 
 def read_record(path: Path) -> dict[str, Any]:
     """Reads a record; an error if it is none, or one of another version."""
-    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    found = record.get("format") if isinstance(record, dict) else None
+    document: Any = json.loads(path.read_text(encoding="utf-8"))
+    found = document.get("format") if isinstance(document, dict) else None
     if found != FORMAT:
         raise ValueError(f"{path}: expected a {FORMAT}, found {found!r}")
+    record: dict[str, Any] = document
     return record
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,14 +47,24 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--pictures", action="store_true", help="draw the pictures again, beside the record")
     found = parser.parse_args(arguments)
     record = read_record(found.record)
-    figures = render(record)
     if found.pictures:
         draw(record, found.record.parent)
     if found.readme is None:
-        print(figures)
+        print(render(record))
         return 0
+    figures = render(record, _pictures_beside(found.record, found.readme, record))
     found.readme.write_text(replaced(found.readme.read_text(encoding="utf-8"), figures), encoding="utf-8")
     return 0
+
+
+def _pictures_beside(path: Path, page: Path, record: dict[str, Any]) -> dict[str, str]:
+    """Scenario -> the address, as the page must write it, of the picture that lies beside the record."""
+    found = {scenario["name"]: path.parent / f"{scenario['name']}.svg" for scenario in record["scenarios"]}
+    return {
+        name: Path(os.path.relpath(picture, page.parent)).as_posix()
+        for name, picture in found.items()
+        if picture.exists()
+    }
 
 
 if __name__ == "__main__":

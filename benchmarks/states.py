@@ -143,6 +143,7 @@ def columns(world: World, megabytes: int, world_dim: int) -> State:
     mesh = init_device_mesh(world.device.type, (world.size,))
     model = _stack(world, _layers(megabytes, FEWEST_LAYERS))
     for layer in model:
+        assert isinstance(layer, nn.Linear)
         whole = layer.weight.detach()
         own = list(torch.chunk(whole, world.size, dim=world_dim))[world.rank].contiguous()
         cut = DTensor.from_local(

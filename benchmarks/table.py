@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.figures import Value, ratios
@@ -26,20 +26,25 @@ MEASURES = {
 """Measure -> column heading. A measure without a heading stands under its own name."""
 
 SPEEDS = ("save_s", "cold_s", "warm_s")
-"""These are also shown as GB/s of the state."""
+"""These are also shown as GB/s of the state, where it is large enough for that to mean something."""
+
+SPEED_BYTES = 50_000_000
 
 
-def render(record: dict[str, Any]) -> str:
-    """The whole text; headings begin at the third level."""
+def render(record: dict[str, Any], pictures: Mapping[str, str] | None = None) -> str:
+    """The whole text; headings begin at the third level. pictures: scenario -> a picture to show under its heading."""
+    shown = pictures or {}
     parts = [_machine(record), "### Targets", _targets(record)]
     for scenario in record["scenarios"]:
         parts.append(f"### {scenario['title']}")
+        if scenario["name"] in shown:
+            parts.append(f"![{scenario['title']}]({shown[scenario['name']]})")
         if scenario["skipped"]:
             parts.append(f"Not measured: {scenario['skipped']}.")
         if scenario["failed"]:
             parts.append(f"Failed: {scenario['failed'].strip().splitlines()[-1]}")
         for series in scenario["series"]:
-            parts += [_heading(series), _table(series, _contenders(series))]
+            parts += [_heading(series), *_table(series, _contenders(series))]
             parts += [f"Not measured: {name} ({reason})." for name, reason in series["skipped"].items()]
     return "\n\n".join(parts) + "\n"
 
@@ -84,7 +89,7 @@ def _heading(series: dict[str, Any]) -> str:
     said.append(f"{conditions['ranks']} rank{'s' if conditions['ranks'] > 1 else ''}")
     if "file_system" in conditions:
         said.append(conditions["file_system"])
-    said += [f"{name}: {conditions[name]}" for name in ("limit", "cold", "counted", "stall") if name in conditions]
+    said += [f"{name}: {conditions[name]}" for name in ("fio", "cold", "counted", "stall") if name in conditions]
     return f"**{series['title']}** ({'; '.join(said)})"
 
 
@@ -94,12 +99,15 @@ def _contenders(series: dict[str, Any]) -> list[str]:
     return sorted(series["contenders"], key=lambda name: order[series["contenders"][name]["role"]])
 
 
-def _table(series: dict[str, Any], names: Sequence[str]) -> str:
+def _table(series: dict[str, Any], names: Sequence[str]) -> list[str]:
+    """The table, or nothing where only lines were judged."""
     medians = series["medians"]
     measures = [key for key in MEASURES if any(key in medians.get(name, {}) for name in names)]
+    if not measures:
+        return []
     timed = [key for key in measures if key.endswith("_s") and key != "plain_step_s"]
     ours = next(name for name in names if series["contenders"][name]["role"] == "dckpt")
-    heads = ["", *(MEASURES[key] for key in measures), *(f"{MEASURES[key]}, times {ours}" for key in timed), "durable"]
+    heads = ["", *(MEASURES[key] for key in measures), *(f"{MEASURES[key]} / {ours}" for key in timed), "fsynced"]
     rows = [heads]
     for name in names:
         found = medians.get(name, {})
@@ -107,7 +115,7 @@ def _table(series: dict[str, Any], names: Sequence[str]) -> str:
         times = [_times(series, Value(name, key), Value(ours, key)) for key in timed]
         shown = f"**{name}**" if series["contenders"][name]["role"] == "dckpt" else name
         rows.append([shown, *cells, *times, series["contenders"][name]["fsync"]])
-    return _markdown(rows, right=range(1, len(heads) - 1))
+    return [_markdown(rows, right=range(1, len(heads) - 1))]
 
 
 def _times(series: dict[str, Any], theirs: Value, ours: Value) -> str:
@@ -126,7 +134,7 @@ def _cell(value: float | None, measure: str, conditions: dict[str, Any]) -> str:
     if not measure.endswith("_s"):
         return f"{value:.0f}"
     shown = f"{_short(value)} s" if value >= 0.1 else f"{_short(value * 1000)} ms"
-    if measure in SPEEDS and conditions.get("bytes"):
+    if measure in SPEEDS and conditions.get("bytes", 0) >= SPEED_BYTES:
         shown += f", {conditions['bytes'] / 1e9 / value:.2f} GB/s"
     return shown
 

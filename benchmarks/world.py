@@ -16,12 +16,14 @@ import torch.distributed as dist
 class World:
     """This rank's place in an initialised process group, and how ranks measure together.
 
-    device: where this rank's state lives. local_rank: its place on its node; rank 0 of each node looks after its caches.
+    device: where this rank's state lives. local_rank: its place on its node, of local_size ranks; rank 0 of each node looks
+    after its caches.
     """
 
     rank: int
     size: int
     local_rank: int
+    local_size: int
     device: torch.device
 
     def barrier(self) -> None:
@@ -73,7 +75,7 @@ def device_of(choice: str, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank % torch.cuda.device_count())
 
 
-def join(rank: int, size: int, local_rank: int, rendezvous: str, choice: str) -> World:
+def join(rank: int, size: int, local_rank: int, local_size: int, rendezvous: str, choice: str) -> World:
     """Initialises the default process group and returns this rank's world.
 
     Ranks that share a GPU talk over gloo, which NCCL refuses.
@@ -84,12 +86,13 @@ def join(rank: int, size: int, local_rank: int, rendezvous: str, choice: str) ->
         torch.cuda.set_device(device)
     backend = "gloo"
     if device.type == "cuda":
-        backend = "cpu:gloo,cuda:nccl" if size <= torch.cuda.device_count() else "cpu:gloo,cuda:gloo"
+        backend = "cpu:gloo,cuda:nccl" if local_size <= torch.cuda.device_count() else "cpu:gloo,cuda:gloo"
     dist.init_process_group(backend, init_method=rendezvous, rank=rank, world_size=size)
-    return World(rank, size, local_rank, device)
+    return World(rank, size, local_rank, local_size, device)
 
 
 def join_given(choice: str) -> World:
     """The world that torchrun describes in the environment."""
-    environ = os.environ
-    return join(int(environ["RANK"]), int(environ["WORLD_SIZE"]), int(environ.get("LOCAL_RANK", "0")), "env://", choice)
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    rank, size, local_rank, local_size = (int(os.environ[name]) for name in names)
+    return join(rank, size, local_rank, local_size, "env://", choice)

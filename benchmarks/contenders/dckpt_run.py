@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import shutil
 import subprocess
 import sys
@@ -31,7 +32,11 @@ def command() -> str:
 
 def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Runs `dckpt` and raises with its own words if it fails."""
-    ended = subprocess.run([command(), *arguments], capture_output=True, text=True, check=False, timeout=CLI_DEADLINE_S)
+    # Alone, also where this process is one of several that torchrun started.
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    ended = subprocess.run(
+        [command(), *arguments], env=environment, capture_output=True, text=True, check=False, timeout=CLI_DEADLINE_S
+    )
     if ended.returncode not in (0, 1):
         raise RuntimeError(f"dckpt {' '.join(arguments)} ended with {ended.returncode}: {ended.stderr or ended.stdout}")
     return ended

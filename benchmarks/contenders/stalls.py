@@ -94,7 +94,8 @@ def dcp_async(world: World, state: State, directory: Path, variant: Variant, sta
     entrant = Entrant(f"dcp.async_save, {variant}", "peer", FILES_SYNCED, NOTES[variant])
 
     def start() -> Future[Any]:
-        found: Future[Any] = dcp.async_save(held, checkpoint_id=path, **options)
+        found = dcp.async_save(held, checkpoint_id=path, **options)
+        assert isinstance(found, Future)  # none of these stagers stages in the background
         return found
 
     return _peer(world, state, entrant, path, start)

@@ -54,7 +54,7 @@ def job(world: World, setup: Setup, medium: Medium) -> dict[str, Any]:
             "bytes": total,
             "tensors": len(state.named_local_tensors()),
             "file_system": file_system(setup.directory),
-            "limit": fio.version() or "own writer; fio is not installed",
+            "fio": fio.version() or "not installed",
         },
         entrants=entrants(contenders),
         rounds=tuple(rounds),
@@ -76,11 +76,12 @@ def _limits(
     own = saves.raw_write(world, state, raw, DIRECT if is_direct else BUFFERED)
     if not is_direct:
         skipped["fio"] = "measures O_DIRECT, which is not this medium's limit"
-    elif fio.version() is None:
-        skipped["fio"] = "fio is not installed"
-    else:
-        return [own, saves.fio_write(world, state, setup.directory)]
-    return [own]
+        return [own]
+    reason = fio.why_not(world)
+    if reason is not None:
+        skipped["fio"] = reason
+        return [own]
+    return [own, saves.fio_write(world, state, setup.directory)]
 
 
 def _lines(medium: Medium) -> tuple[Line, ...]:

@@ -71,11 +71,12 @@ def _limits(world: World, state: State, setup: Setup, stack: ExitStack, skipped:
     raw.write()
     found = [loads.raw_warm_read(world, raw)]
     if not takes_direct(setup.directory):
-        reason = "this file system takes no O_DIRECT"
-        return found + _note(skipped, {"raw O_DIRECT read": reason, "fio": reason})
+        buffered = "this file system takes no O_DIRECT"
+        return found + _note(skipped, {"raw O_DIRECT read": buffered, "fio": buffered})
     found.append(loads.raw_cold_read(world, raw))
-    if fio.version() is None:
-        return found + _note(skipped, {"fio": "fio is not installed"})
+    reason = fio.why_not(world)
+    if reason is not None:
+        return found + _note(skipped, {"fio": reason})
     return [*found, loads.fio_read(world, state, setup.directory)]
 
 

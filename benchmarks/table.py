@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from benchmarks.contenders.policies import NOTHING_WRITTEN
 from benchmarks.figures import Value, ratios
 
 MEASURES = {
@@ -107,15 +108,16 @@ def _table(series: dict[str, Any], names: Sequence[str]) -> list[str]:
         return []
     timed = [key for key in measures if key.endswith("_s") and key != "plain_step_s"]
     ours = next(name for name in names if series["contenders"][name]["role"] == "dckpt")
-    heads = ["", *(MEASURES[key] for key in measures), *(f"{MEASURES[key]} / {ours}" for key in timed), "fsynced"]
-    rows = [heads]
+    writes = any(contender["fsync"] != NOTHING_WRITTEN for contender in series["contenders"].values())
+    heads = ["", *(MEASURES[key] for key in measures), *(f"{MEASURES[key]} / {ours}" for key in timed)]
+    rows = [[*heads, "fsynced"] if writes else heads]
     for name in names:
         found = medians.get(name, {})
+        shown = f"**{name}**" if series["contenders"][name]["role"] == "dckpt" else name
         cells = [_cell(found.get(key), key, series["conditions"]) for key in measures]
         times = [_times(series, Value(name, key), Value(ours, key)) for key in timed]
-        shown = f"**{name}**" if series["contenders"][name]["role"] == "dckpt" else name
-        rows.append([shown, *cells, *times, series["contenders"][name]["fsync"]])
-    return [_markdown(rows, right=range(1, len(heads) - 1))]
+        rows.append([shown, *cells, *times, *([series["contenders"][name]["fsync"]] if writes else [])])
+    return [_markdown(rows, right=range(1, len(heads)))]
 
 
 def _times(series: dict[str, Any], theirs: Value, ours: Value) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import shutil
 import subprocess
@@ -46,11 +45,6 @@ def has_command(name: str) -> bool:
     """Whether this version of the program has the subcommand."""
     ended = subprocess.run([command(), name, "--help"], capture_output=True, check=False, timeout=CLI_DEADLINE_S)
     return ended.returncode == 0
-
-
-def takes_overlap() -> bool:
-    """Whether this version can stage behind forward and backward."""
-    return "overlap" in inspect.signature(dckpt.Checkpointer).parameters
 
 
 class DckptRun:

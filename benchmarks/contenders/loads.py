@@ -16,7 +16,7 @@ import torch.distributed.checkpoint as dcp
 
 from benchmarks import fio
 from benchmarks.contenders.dckpt_run import DckptRun
-from benchmarks.contenders.policies import READS
+from benchmarks.contenders.policies import NOTHING_WRITTEN
 from benchmarks.contenders.torch_checkpointing import NAME, NOTE, Manager
 from benchmarks.raw import RawFile
 from benchmarks.series import Entrant
@@ -53,7 +53,7 @@ def ensure_whole(world: World, state: State, load: Callable[[], object], expecte
 def dckpt_load(world: World, run: DckptRun, directory: Path, name: str = "dckpt") -> Contender:
     """`checkpointer.load(state)` of the newest checkpoint of the run that lies in `directory`."""
     return Contender(
-        Entrant(name, "dckpt", READS, "verifies every byte"),
+        Entrant(name, "dckpt", NOTHING_WRITTEN, "verifies every byte"),
         lambda: cold_and_warm(world, directory, run.counted_load),
     )
 
@@ -66,7 +66,7 @@ def dcp_load(world: World, state: State, path: Path) -> Contender:
         dcp.load(held, checkpoint_id=path)
 
     return Contender(
-        Entrant("dcp.load", "peer", READS, "verifies nothing"),
+        Entrant("dcp.load", "peer", NOTHING_WRITTEN, "verifies nothing"),
         lambda: cold_and_warm(world, path, lambda: counted(load)),
     )
 
@@ -74,7 +74,7 @@ def dcp_load(world: World, state: State, path: Path) -> Contender:
 def torch_checkpointing_load(world: World, manager: Manager, path: Path) -> Contender:
     """torch_checkpointing into the live tensors."""
     return Contender(
-        Entrant(NAME, "peer", READS, NOTE),
+        Entrant(NAME, "peer", NOTHING_WRITTEN, NOTE),
         lambda: cold_and_warm(world, path, lambda: counted(lambda: manager.load(path)), is_counted=False),
     )
 
@@ -99,7 +99,7 @@ def torch_load(world: World, state: State, directory: Path) -> Contender:
         _copy(found, state)
 
     return Contender(
-        Entrant("torch.load", "peer", READS, "same number of ranks only; verifies nothing"),
+        Entrant("torch.load", "peer", NOTHING_WRITTEN, "same number of ranks only; verifies nothing"),
         lambda: cold_and_warm(world, path, lambda: counted(load)),
     )
 
@@ -112,7 +112,7 @@ def safetensors_load(world: World, state: State, directory: Path) -> Contender:
         _copy(safetensors.torch.load_file(path / str(world.rank)), state)
 
     return Contender(
-        Entrant("safetensors", "peer", READS, "same number of ranks only; maps its file; verifies nothing"),
+        Entrant("safetensors", "peer", NOTHING_WRITTEN, "same number of ranks only; maps its file; verifies nothing"),
         lambda: cold_and_warm(world, path, lambda: counted(load), is_counted=False),
     )
 
@@ -130,7 +130,9 @@ def raw_cold_read(world: World, raw: RawFile) -> Contender:
         forget(world, raw.path.parent)
         return {"cold_s": world.timed(lambda: raw.read(is_direct=True))}
 
-    return Contender(Entrant("raw O_DIRECT read", "limit", READS, "own reader, 8 MiB blocks, 4 in flight a rank"), work)
+    return Contender(
+        Entrant("raw O_DIRECT read", "limit", NOTHING_WRITTEN, "own reader, 8 MiB blocks, 4 in flight a rank"), work
+    )
 
 
 def raw_warm_read(world: World, raw: RawFile) -> Contender:
@@ -140,7 +142,7 @@ def raw_warm_read(world: World, raw: RawFile) -> Contender:
         raw.read(is_direct=False)
         return {"warm_s": world.timed(lambda: raw.read(is_direct=False))}
 
-    return Contender(Entrant("raw pread", "limit", READS, "from the page cache into warm memory"), work)
+    return Contender(Entrant("raw pread", "limit", NOTHING_WRITTEN, "from the page cache into warm memory"), work)
 
 
 def fio_read(world: World, state: State, directory: Path) -> Contender:
@@ -154,4 +156,4 @@ def fio_read(world: World, state: State, directory: Path) -> Contender:
         seconds: float = world.on_rank_0(lambda: fio.seconds(path, world.size, state.local_bytes, "read"))
         return {"cold_s": seconds}
 
-    return Contender(Entrant("fio", "limit", READS, "direct=1, libaio, the same blocks"), work)
+    return Contender(Entrant("fio", "limit", NOTHING_WRITTEN, "direct=1, libaio, the same blocks"), work)

@@ -5,7 +5,6 @@ FILES_SYNCED = "every file (its own option)"
 FILES_SYNCED_BY_US = "every file (by the benchmark, within its time)"
 RAW_SYNCED = "its file"
 NOTHING_WRITTEN = "nothing is written"
-READS = "nothing is written"
 
 COMMITTED = "checksums every byte, fsyncs directories, commits atomically"
 NOT_ATOMIC = "no checksum, not atomic"

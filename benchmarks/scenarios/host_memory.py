@@ -14,7 +14,7 @@ import torch.distributed.checkpoint as dcp
 from benchmarks import states
 from benchmarks.contenders.dckpt_run import DckptRun, ensure_committed
 from benchmarks.contenders.peers import ELSEWHERE
-from benchmarks.contenders.policies import ALL_SYNCED, COMMITTED, FILES_SYNCED, READS
+from benchmarks.contenders.policies import ALL_SYNCED, COMMITTED, FILES_SYNCED, NOTHING_WRITTEN
 from benchmarks.figures import Line, Round, Value
 from benchmarks.lab import Lab, Scenario
 from benchmarks.series import Entrant, Series
@@ -54,8 +54,8 @@ def _series(lab: Lab, work: Work) -> dict[str, Any]:
         title=f"Extra host memory at the peak of {'an' if work == 'async save' else 'a'} {work}",
         conditions={"ranks": lab.ranks, "rank_bytes": shard_bytes, "counted": "VmHWM above VmRSS before the first one"},
         entrants=(
-            Entrant("dckpt", "dckpt", READS if reads else ALL_SYNCED, COMMITTED),
-            *((Entrant(peer, "peer", READS if reads else FILES_SYNCED),) if "dcp" in whose else ()),
+            Entrant("dckpt", "dckpt", NOTHING_WRITTEN if reads else ALL_SYNCED, COMMITTED),
+            *((Entrant(peer, "peer", NOTHING_WRITTEN if reads else FILES_SYNCED),) if "dcp" in whose else ()),
         ),
         rounds=tuple(rounds),
         lines=(_line(work, shard_bytes),),

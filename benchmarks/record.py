@@ -48,9 +48,14 @@ def record_of(
         "megabytes": setup.megabytes,
         "rounds": setup.rounds,
         "quick": setup.quick,
-        "storage": None if setup.storage is None else setup.storage.partition("://")[0],
+        "storage": None if setup.storage is None else _scheme(setup.storage),
         "scenarios": list(scenarios),
     }
+
+
+def _scheme(url: str) -> str:
+    scheme, separator, _ = url.partition("://")
+    return scheme if separator else "file"
 
 
 def write_record(record: dict[str, Any], path: Path) -> None:

@@ -37,7 +37,7 @@ MACHINE = {
 }
 
 
-def make_record(*, ours: float = 0.5) -> dict:
+def make_record(*, ours: float = 0.5, storage: str = "s3://bucket/secret") -> dict:
     series = Series(
         name="disk",
         title="Blocking save, on disk",
@@ -55,7 +55,7 @@ def make_record(*, ours: float = 0.5) -> dict:
         ),
         skipped={"fio": "fio is not installed"},
     ).to_json()
-    setup = Setup(Path("somewhere"), "s3://bucket/secret", 1000, 1, False)
+    setup = Setup(Path("somewhere"), storage, 1000, 1, False)
     scenarios = [
         measured_scenario("blocking-save", "Blocking save", [series], 3.0),
         skipped_scenario("scale", "Many ranks", "needs more"),
@@ -79,12 +79,14 @@ def test_lines_are_counted_by_verdict():
     assert count_lines(make_record()) == (1, 1, 1)
 
 
-def test_a_record_names_no_place(tmp_path):
-    write_record(make_record(), tmp_path / "record.json")
+@pytest.mark.parametrize(("storage", "kind"), [("s3://bucket/secret", "s3"), ("/disk/secret", "file")])
+def test_a_record_names_no_place(tmp_path, storage, kind):
+    record = make_record(storage=storage)
+    write_record(record, tmp_path / "record.json")
 
     text = (tmp_path / "record.json").read_text()
-    assert "somewhere" not in text and "secret" not in text
-    assert read_record(tmp_path / "record.json") == make_record()
+    assert "somewhere" not in text and "secret" not in text and record["storage"] == kind
+    assert read_record(tmp_path / "record.json") == record
 
 
 def test_another_document_is_refused(tmp_path):

@@ -93,8 +93,8 @@ def test_peers_are_measured_or_named(record):
     assert ("torch_checkpointing" in series["skipped"]) is not is_installed()
 
 
-def test_all_contenders_save_the_same_bytes(record):
-    """What lies in the files of the many-small scenario is the payload and little else; a wrong state would show here."""
+def test_the_bytes_in_the_record_are_those_that_are_saved(record):
+    """What dcp.save leaves is the state that the record speaks of, and little else."""
     (series,) = scenario_of(record, "lora")["series"]
     written, total = series["medians"]["dcp.save"]["file_bytes"], series["conditions"]["bytes"]
 

@@ -49,6 +49,11 @@ class State:
         """What this rank holds, by name: the live tensors themselves, DTensors as their local part."""
         return {name: _local(tensor) for name, tensor in self._tensors()}
 
+    def tensors_to_write(self, world: World) -> dict[str, torch.Tensor]:
+        """What this rank writes where each rank writes a file of its own: what is on every rank is written by rank 0."""
+        is_replicated = self.copies == world.size > 1
+        return self.named_local_tensors() if world.rank == 0 or not is_replicated else {}
+
     def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, parameter in self.model.named_parameters():
             yield f"model.{name}", parameter.detach()
@@ -131,11 +136,17 @@ def replicated(world: World, megabytes: int) -> State:
     return State(model, _with_moments(model), copies=world.size)
 
 
-def many_small(world: World, count: int, chunk_bytes: int) -> State:
+def many_sharded(world: World, count: int, chunk_bytes: int) -> State:
     """FSDP2 over all ranks, no optimizer: `count` vectors, `chunk_bytes` of each on every rank."""
     model = _Vectors(count, world.size * chunk_bytes // 4, world.device)
     fully_shard(model)
     return State(model, None)
+
+
+def many_whole(world: World, count: int, tensor_bytes: int) -> State:
+    """DDP, no optimizer: `count` vectors of `tensor_bytes`, all of them on every rank."""
+    model = DistributedDataParallel(_Vectors(count, tensor_bytes // 4, world.device))
+    return State(model, None, copies=world.size)
 
 
 def columns(world: World, megabytes: int, world_dim: int) -> State:

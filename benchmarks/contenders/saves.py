@@ -43,7 +43,7 @@ def dcp_save(world: World, state: State, directory: Path, threads: int) -> Conte
 
 def torch_save(world: World, state: State, directory: Path) -> Contender:
     """`torch.save` of each rank's own tensors into a file of its own."""
-    path, tensors = directory / "torch-save", state.named_local_tensors()
+    path, tensors = directory / "torch-save", state.tensors_to_write(world)
 
     def save() -> None:
         with open(path / f"{world.rank}.pt", "wb") as file:
@@ -59,7 +59,7 @@ def torch_save(world: World, state: State, directory: Path) -> Contender:
 
 def safetensors_save(world: World, state: State, directory: Path) -> Contender:
     """`safetensors.torch.save_file` of each rank's own tensors into a file of its own."""
-    path, tensors = directory / "safetensors", state.named_local_tensors()
+    path, tensors = directory / "safetensors", state.tensors_to_write(world)
 
     def save() -> None:
         target = path / f"{world.rank}.safetensors"

@@ -1,10 +1,10 @@
-"""Where not bytes but tensors cost: 5,000 of them, 1 KB of each on every rank."""
+"""Where not bytes but tensors cost: 5,000 of them of 1 KB, whole on every rank, and sharded with 1 KB on every rank."""
 
 from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from benchmarks import states
 from benchmarks.contenders import peers
@@ -18,23 +18,26 @@ from benchmarks.system import files_of
 from benchmarks.turns import Contender, entrants, take_turns
 from benchmarks.world import World
 
+Kind = Literal["whole", "sharded"]
+KINDS: dict[Kind, str] = {"whole": "whole on every rank (DDP)", "sharded": "a shard of 1 KB on every rank (FSDP2)"}
 COUNT, QUICK_COUNT = 5000, 100
-CHUNK_BYTES = 1024
+TENSOR_BYTES = 1024
 OWN = Value("dckpt", "save_s")
 
 
 def run(lab: Lab) -> list[dict[str, Any]]:
-    """One series."""
-    return [lab.run(lab.ranks, job, lab.setup.within("many-small"))]
+    """A series for whole tensors and one for shards."""
+    return [lab.run(lab.ranks, job, lab.setup.within(f"many-small-{kind}"), kind) for kind in KINDS]
 
 
-def job(world: World, setup: Setup) -> dict[str, Any]:
+def job(world: World, setup: Setup, kind: Kind) -> dict[str, Any]:
     """Seconds of each save, and the bytes that a checkpoint takes."""
     directory = setup.directory
     world.on_rank_0(lambda: directory.mkdir(parents=True, exist_ok=True))
     skipped: dict[str, str] = {}
     with ExitStack() as stack:
-        state = states.many_small(world, QUICK_COUNT if setup.quick else COUNT, CHUNK_BYTES)
+        build = states.many_whole if kind == "whole" else states.many_sharded
+        state = build(world, QUICK_COUNT if setup.quick else COUNT, TENSOR_BYTES)
         ours = DckptRun(world, setup.root("dckpt"), state)
         stack.callback(ours.close)
         contenders = [
@@ -44,8 +47,8 @@ def job(world: World, setup: Setup) -> dict[str, Any]:
         rounds = take_turns(world, contenders, setup.rounds)
         total = state.unique_bytes(world)
     return Series(
-        name="disk",
-        title=f"Blocking save of {len(state.named_local_tensors()):,} tensors, 1 KB of each on every rank",
+        name=kind,
+        title=f"Blocking save of {len(state.named_local_tensors()):,} tensors of 1 KB, {KINDS[kind]}",
         conditions={
             "ranks": world.size,
             "bytes": total,

@@ -21,7 +21,7 @@ DEADLINE_S = 280.0
 
 SERIES = {
     "blocking-save": {"disk", "tmpfs"},
-    "many-small": {"disk"},
+    "many-small": {"whole", "sharded"},
     "async-stall": {"stall"},
     "overlap": {"free", "busy"},
     "load": {"same-ranks"},

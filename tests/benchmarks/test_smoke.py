@@ -14,10 +14,10 @@ from benchmarks.contenders.torch_checkpointing import is_installed
 from benchmarks.record import read_record, wrong_figures
 from benchmarks.registry import MODULES
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600)]
 
 REPOSITORY = Path(__file__).parents[2]
-DEADLINE_S = 280.0
+DEADLINE_S = 560.0  # 30 s on two idle cores; a shared machine can be ten times slower
 
 SERIES = {
     "blocking-save": {"disk", "tmpfs"},

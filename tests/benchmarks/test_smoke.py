@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -30,7 +31,7 @@ SERIES = {
     "matched-layout": {"matched"} if has_command("reshard") else set(),
     "host-memory": {"async-save", "blocking-save", "load"},
     "lora": {"second-save"},
-    "scale": set(),
+    "scale": {"fsdp"} if importlib.util.find_spec("benchmarks.scale") else set(),
 }
 
 
@@ -71,7 +72,7 @@ def test_a_scenario_measures_all_it_names(record, name):
     assert bool(scenario["skipped"]) is (SERIES[name] == set())
     for series in scenario["series"]:
         roles = {contender["role"] for contender in series["contenders"].values()}
-        assert "dckpt" in roles and (roles & {"peer", "limit"} or name == "matched-layout")
+        assert "dckpt" in roles and (roles & {"peer", "limit"} or name in ("matched-layout", "scale"))
         assert all(contender["fsync"] for contender in series["contenders"].values())
         assert set(series["medians"]) == set(series["contenders"])
         missing = set(series["skipped"])

@@ -1,1 +1,1 @@
-"""Side-by-side measurements: dckpt, torch's own checkpointing and the medium, in one run."""
+"""Side-by-side measurements: dckpt, its peers and the hardware's own limits, in one run on the same bytes."""

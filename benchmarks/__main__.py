@@ -1,6 +1,8 @@
 """Entry point: `python -m benchmarks --help`."""
 
-from benchmarks.side_by_side import main
+import sys
+
+from benchmarks.main import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

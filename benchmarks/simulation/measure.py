@@ -31,8 +31,10 @@ def measure(layout: str, ranks: int, rounds: int, layers: int, root: str) -> dic
         memory_bytes = _peak_bytes() - before_bytes
         same = _openings(coordinator.storage, coordinator.state, layout, source_rank=0)
     # In a process of its own: torch keeps meshes, and a rank never becomes another one.
+    # Of the first pipeline stage: a stage's optimizer values are kept by rank, and elsewhere those of rank 0 are taken.
+    rank = ranks // 48 if layout == "fsdp+pp" else ranks // 6
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        other = pool.apply(_open_elsewhere, (root, layout, ranks // 2, ranks // 6, sizes))
+        other = pool.apply(_open_elsewhere, (root, layout, ranks // 2, rank, sizes))
     record = {
         "layout": layout,
         "ranks": ranks,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.simulation.stopwatch import Stopwatch
 from dckpt.blocks.read import read_checked
 from dckpt.catalog.catalog import Catalog
 from dckpt.dcp.read import CheckpointFiles
-from dckpt.dcp.spans import plan_spans, plan_tensor_reads
+from dckpt.dcp.spans import plan_reads, plan_spans
 from dckpt.engine.saved_state import SavedState
 from dckpt.format.index import parse_index
 from dckpt.state.train_state import TrainState
@@ -28,8 +29,13 @@ class Opening:
     index_bytes: int
 
 
-def open_on_one_rank(storage: Storage, state: TrainState, *, source_rank: int | None) -> Opening:
-    """From the newest checkpoint's name to the spans that this rank would read. No tensor is read."""
+def open_on_one_rank(
+    storage: Storage, state: TrainState, *, source_rank: int | None, others: Sequence[str] = ()
+) -> Opening:
+    """From the newest checkpoint's name to the spans that this rank would read. No tensor is read.
+
+    others: patterns of names that only other ranks of the job have (pipeline stages).
+    """
     watch = Stopwatch()
     name = Catalog(storage).line()[0].name
     with watch.timed("read the manifest"):
@@ -41,14 +47,11 @@ def open_on_one_rank(storage: Storage, state: TrainState, *, source_rank: int | 
         files = CheckpointFiles(storage, name, manifest, index)
         saved = SavedState(manifest, index, files, source_rank=source_rank)
     with watch.timed("fit the state"):
-        plan = state.plan_restore(saved)
+        plan = state.plan_restore(saved, allow_unexpected=others)
     assert not plan.differences, plan.differences[:3]
     with watch.timed("find the chunks"):
-        reads = [
-            read
-            for tensor, target in plan.reads
-            for read in plan_tensor_reads(saved.stored_name(tensor), index, target)
-        ]
+        targets = [(saved.stored_name(tensor), target) for tensor, target in plan.reads]
+        reads = plan_reads(targets, index)
     with watch.timed("plan the spans"):
         spans = plan_spans(reads)
     files.close()
@@ -58,7 +61,7 @@ def open_on_one_rank(storage: Storage, state: TrainState, *, source_rank: int | 
         clock_s=sum(clock.values()),
         num_reads=len(reads),
         num_files=len({span.file for span in spans}),
-        bytes_read=sum(span.end - span.begin for span in spans),
+        bytes_read=sum(span.max_bytes for span in spans),
         manifest_bytes=storage.size(f"{name}/manifest.json"),
         index_bytes=entry.size,
     )

@@ -29,10 +29,12 @@ def measure(layout: str, ranks: int, rounds: int, layers: int, root: str) -> dic
         first = coordinator.save()
         steady = [coordinator.save() for _ in range(rounds)]
         memory_bytes = _peak_bytes() - before_bytes
-        same = _openings(coordinator.storage, coordinator.state, source_rank=0)
+        same = _openings(coordinator.storage, coordinator.state, layout, source_rank=0)
     # In a process of its own: torch keeps meshes, and a rank never becomes another one.
+    # Of the first pipeline stage: a stage's optimizer values are kept by rank, and elsewhere those of rank 0 are taken.
+    rank = ranks // 48 if layout == "fsdp+pp" else ranks // 6
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        other = pool.apply(_open_elsewhere, (root, layout, ranks // 2, ranks // 6, sizes))
+        other = pool.apply(_open_elsewhere, (root, layout, ranks // 2, rank, sizes))
     record = {
         "layout": layout,
         "ranks": ranks,
@@ -48,13 +50,14 @@ def measure(layout: str, ranks: int, rounds: int, layers: int, root: str) -> dic
     return record | {"asked_for": _judge(record)}
 
 
-def _openings(storage: Storage, state: Any, *, source_rank: int | None) -> list[Opening]:
-    return [open_on_one_rank(storage, state, source_rank=source_rank) for _ in range(OPENINGS)]
+def _openings(storage: Storage, state: Any, layout: str, *, source_rank: int | None) -> list[Opening]:
+    others = ("model.*", "optim.*") if layout == "fsdp+pp" else ()
+    return [open_on_one_rank(storage, state, source_rank=source_rank, others=others) for _ in range(OPENINGS)]
 
 
 def _open_elsewhere(root: str, layout: str, ranks: int, rank: int, sizes: Llama) -> list[Opening]:
     with state_of_rank(layout, ranks, rank, sizes) as state:
-        return _openings(LocalStorage(root), state, source_rank=None)
+        return _openings(LocalStorage(root), state, layout, source_rank=None)
 
 
 def _saves(saves: Sequence[Save]) -> dict[str, Any]:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         GenerationRow,
         LeftoverRow,
         Listing,
+        Origin,
         Plan,
         Verification,
     )
@@ -212,6 +213,8 @@ def _identity(details: Details, now_unix_s: float) -> list[tuple[str, str]]:
         rows.append(("run", details.run_id))
     if details.lineage:
         rows.append(("lineage", _describe_line(details.lineage)))
+    if details.made_from is not None:
+        rows.append(("made from", _describe_origin(details.made_from)))
     mesh = ", ".join(f"{axis}={size}" for axis, size in details.mesh.items())
     rows += [
         ("world size", f"{details.world_size} ({mesh})" if mesh else str(details.world_size)),
@@ -227,6 +230,12 @@ def _identity(details: Details, now_unix_s: float) -> list[tuple[str, str]]:
         ),
     ]
     return rows
+
+
+def _describe_origin(origin: Origin) -> str:
+    run = f" of run {origin.run_id}" if origin.run_id is not None else ""
+    text = f"{origin.checkpoint}{run}, saved by {format_count(origin.world_size, 'rank')} ({origin.how})"
+    return f"{text}; rank 0's value of {format_names(tuple(origin.carried))}" if origin.carried else text
 
 
 def _facts_grid(rows: Iterable[tuple[str, str]]) -> Table:

@@ -6,17 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from dckpt.engine.saved_state import SavedState
-from dckpt.planning.streams import RngAction, SavedStreams, plan_streams
+from dckpt.planning.streams import TOLD, SavedStreams, plan_streams
 from dckpt.state.rng import available_streams, ensure_restorable
 from dckpt.state.train_state import TrainState
-
-TOLD: dict[RngAction, str] = {
-    "exact": "exact",
-    "copy": "copied",
-    "rekey": "re-derived",
-    "fresh": "not saved, left as seeded",
-    "drop": "saved, not present in this process",
-}
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,15 @@ from dckpt.format.streams import rekey_stream, run_seed_of
 
 RngAction = Literal["exact", "copy", "rekey", "fresh", "drop"]
 
+TOLD: dict[RngAction, str] = {
+    "exact": "exact",
+    "copy": "copied",
+    "rekey": "re-derived",
+    "fresh": "not saved, left as seeded",
+    "drop": "saved, not present in this process",
+}
+"""What a person is told of each."""
+
 RANK_AXIS = "rank"
 """The one axis when there is no mesh."""
 

@@ -54,12 +54,10 @@ class SavedCuts:
             return self._of_unnamed(grid, counts)
         ranks = np.array([self._ranks[file] for file in grid.files])
         parts = np.indices(counts).reshape(len(counts), -1)
-        names: list[Level] = []
-        for count, numbers in zip(counts, parts, strict=True):
-            level = self._axes_that_number(ranks, numbers, count)
-            if level is None:
-                return f"is cut into {_shown(grid)} parts, which are not along axes of the mesh {self.mesh}"
-            names.append(level)
+        levels_found = [self._axes_that_number(ranks, numbers, n) for n, numbers in zip(counts, parts, strict=True)]
+        names = [level for level in levels_found if level is not None]
+        if len(names) < len(counts) or not self._are_one_replica(ranks, names):
+            return f"is cut into {_shown(grid)} parts, which are not along axes of the mesh {self.mesh}"
         found = iter(names)
         return tuple(tuple(next(found) for _ in levels) for levels in grid.levels)
 
@@ -84,6 +82,13 @@ class SavedCuts:
                 if np.array_equal(found, numbers):
                     return tuple(names[axis] for axis in axes)
         return None
+
+    def _are_one_replica(self, ranks: np.ndarray, names: Sequence[Level]) -> bool:
+        """Along the axes that do not cut, all writers stand at one place."""
+        used = {axis for level in names for axis in level}
+        others = [number for number, axis in enumerate(self.mesh.sizes) if axis not in used]
+        places = self._places[ranks][:, others]
+        return bool((places == places[:1]).all())
 
     def _of_listed(self, chunks: Sequence[Chunk], shape: Sequence[int]) -> AxisCuts | str:
         """Chunks of unequal length, along one dimension, one a rank: the program that saved cut it by a rule of its own."""

@@ -130,7 +130,7 @@ def plan_reshard(
         meta = index.meta(stored)
         is_frozen = stored in frozen
         row = TensorRow(name, meta.dtype, meta.shape, is_frozen=is_frozen)
-        rows.append(_cut_row(row, cuts.get(name, ()), target, meshes))
+        rows.append(cut_row(row, cuts.get(name, ()), target, meshes))
     ranks = RankClass(Structure(tuple(rows)), Meshes(tuple(meshes)), tuple(range(target.world_size)))
     values: list[Values] = [{RNG: record} for record in records] if records is not None else [{}] * target.world_size
     # A rank without records may write no file at all, and then no grid can name a file for its empty parts.
@@ -155,7 +155,7 @@ def _target_cuts(
     return found
 
 
-def _cut_row(row: TensorRow, cuts: AxisCuts, target: NamedMesh, meshes: dict[MeshTable, int]) -> TensorRow:
+def cut_row(row: TensorRow, cuts: AxisCuts, target: NamedMesh, meshes: dict[MeshTable, int]) -> TensorRow:
     """`row` as `cuts` say: the axes become those of a mesh in which each level is one axis."""
     levels = tuple(level for dimension in cuts for level in dimension)
     if not levels:

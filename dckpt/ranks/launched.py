@@ -13,6 +13,7 @@ from dckpt.ranks.session import Session
 from dckpt.ranks.topology import Topology
 
 LINGER_S = 10.0  # how long rank 0 stays reachable at the end, so that every process learns the outcome
+LINGER_AFTER_ERROR_S = 2.0  # others may have ended without goodbye
 
 
 @contextlib.contextmanager
@@ -50,9 +51,11 @@ def launched_session(topology: Topology, *, what: str, call: str, deadline_s: fl
         ) from error
     try:
         coordination = Coordination.connect(topology, scope=what, deadline_s=deadline_s)
+        linger_s = LINGER_AFTER_ERROR_S
         try:
             yield coordination.session("command", what=what, call=call, consequence=consequence)
+            linger_s = LINGER_S
         finally:
-            coordination.close(LINGER_S)
+            coordination.close(linger_s)
     finally:
         dist.destroy_process_group()

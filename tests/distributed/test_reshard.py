@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import socket
 import subprocess
@@ -17,7 +18,13 @@ from dckpt.format.manifest import Manifest
 from dckpt.storage.local import LocalStorage
 from tests.contract.test_plain_safetensors import assembled, stock_load
 from tests.support.jobs import train_and_save
-from tests.support.reshard_jobs import describe_layout, reshard_together, resume_and_draw, resume_train_and_save
+from tests.support.reshard_jobs import (
+    describe_layout,
+    reshard_together,
+    resume_and_draw,
+    resume_train_and_save,
+    run_on_mesh,
+)
 from tests.support.stock_reader import digest
 
 pytestmark = pytest.mark.distributed
@@ -79,6 +86,26 @@ def test_resuming_what_was_resharded_is_resuming_the_original(ranks, saved, tmp_
     assert all("world_size" not in found for found in findings), "it was saved for these ranks"
     carried = old > 1
     assert all(("rank_tensors" in found) == carried for found in findings), "rank 0's buffers are still said to be so"
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [({"dp": 2}, {"dp": 3}), ({"replicate": 2, "shard": 2}, {"replicate": 1, "shard": 3}), ({"dp": 1}, {"dp": 2})],
+)
+def test_on_a_named_mesh_too_with_streams_by_its_axes(ranks, tmp_path, old, new):
+    ranks.run(run_on_mesh, math.prod(old.values()), str(tmp_path / "run"), old, True)
+    mesh = ",".join(f"{axis}={size}" for axis, size in new.items())
+    arguments = ["reshard", str(tmp_path / "run"), str(tmp_path / "new"), "--mesh", mesh]
+    assert CliRunner().invoke(main, arguments).exit_code == 0
+
+    world_size = math.prod(new.values())
+    direct = ranks.run(run_on_mesh, world_size, str(tmp_path / "run"), new, False)
+    through = ranks.run(run_on_mesh, world_size, str(tmp_path / "new"), new, False)
+
+    assert through == direct
+    manifest = newest(tmp_path / "new")[1]
+    assert manifest.mesh is not None
+    assert dict(zip(manifest.mesh.axes, manifest.mesh.shape, strict=True)) == new
 
 
 @pytest.mark.parametrize(("old", "new"), [(2, 3), (1, 2)])

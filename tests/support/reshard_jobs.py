@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import dckpt
 from dckpt import failpoint
@@ -39,6 +41,32 @@ def resume_train_and_save(rank: int, world_size: int, root: str, kind: Kind) -> 
         pending = checkpointer.save(run.state, blocking=True)
         assert pending.outcome == "committed", pending.error
         return losses, str(pending.checkpoint)
+
+
+def run_on_mesh(
+    rank: int, world_size: int, root: str, axes: dict[str, int], is_first: bool
+) -> tuple[dict[str, str], list[float]]:
+    """FSDP2 over a named mesh (two axes: HSDP). Trains and saves, or resumes; what the state then is, and what it draws."""
+    mesh = init_device_mesh("cpu", tuple(axes.values()), mesh_dim_names=tuple(axes))
+    torch.manual_seed(1 if is_first else 2)
+    model = torch.nn.Sequential(torch.nn.Linear(9, 7), torch.nn.Tanh(), torch.nn.Linear(7, 5))
+    fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    state = dckpt.TrainState(model=model, optimizer=optimizer, mesh=mesh)
+    torch.manual_seed(1000 + rank)
+    np.random.seed(50 + mesh.get_local_rank(list(axes)[-1]))  # equal along the other axis
+    random.seed(7)
+    with dckpt.Checkpointer(root, deadline_s=30, signals=()) as checkpointer:
+        report = checkpointer.resume(state)
+        assert (report is None) == is_first
+        if is_first:
+            for _ in range(2):
+                model(torch.ones(3, 9)).sum().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            assert checkpointer.save(state, step=2, blocking=True).outcome == "committed"
+        found = digests(state)
+    return found, [random.random(), float(np.random.rand()), *torch.rand(3).tolist()]
 
 
 def reshard_together(

@@ -16,7 +16,7 @@ from dckpt.catalog.generations import list_generations
 from dckpt.catalog.transaction import Transaction
 from dckpt.format.index import LayoutIndex
 from dckpt.format.layout import checkpoint_name
-from dckpt.format.manifest import Manifest
+from dckpt.format.manifest import FileEntry, Manifest
 from dckpt.format.values import dump_json
 from dckpt.planning.files import plan_files
 from dckpt.planning.indexing import index_of, report_files
@@ -86,6 +86,38 @@ def write_state(
     number = 0 if alone else generation
     transaction = Transaction(storage, checkpoint=checkpoint, attempt=attempt, generation=number)
     transaction.begin()
+    index, entries = _write_ranks(storage, transaction.attempt_dir, attempt, state)
+    storage.sync_dir(transaction.attempt_dir)
+    entries.append(transaction.write_index(index))
+    mesh = state.mesh
+    places = tuple(tuple(mesh.coordinates(rank).values()) for rank in range(mesh.world_size))
+    manifest = Manifest(
+        run_id=None if alone else RUN_ID,
+        step=step,
+        micro_step=0,
+        generation=number,
+        attempt=attempt,
+        created_unix_s=1_700_000_000.0,
+        world_size=state.world_size,
+        mesh=mesh.mesh,
+        coordinates=places if mesh.is_named else None,
+        parts=state.parts,
+        values=state.values,
+        rank_tensors=tuple(sorted(name for name, saved in state.tensors.items() if saved.by_rank is not None)),
+        rank_values=tuple(sorted({name for rank in range(state.world_size) for name in state.records(rank)})),
+        rng=state.rng,
+        facts={"batch": {"micro": 1, "accumulation": 1, "data_parallel": state.world_size}},
+        metrics={"loss": 0.5},
+        writer={"dckpt": "0.0.0", "torch": "0.0"},
+        files=tuple(entries),
+    )
+    transaction.stage_manifest(manifest)
+    transaction.publish()
+    return manifest
+
+
+def _write_ranks(storage: Storage, attempt_dir: str, attempt: str, state: State) -> tuple[LayoutIndex, list[FileEntry]]:
+    """Every rank's shard files, planned as a save plans them."""
     meshes: dict[MeshTable, int] = {}
     rows = [
         cut_row(
@@ -117,37 +149,9 @@ def write_state(
                 else:
                     image += _bytes(state, rows[item.source[0]].name, rank, boxes[item.source[0]][item.source[1]])
             source = ImageSource(memoryview(image))
-            entries += write_shard_file(
-                storage, transaction.attempt_dir, attempt, rank, plan.file, source, lambda _: None, pool
-            )
+            entries += write_shard_file(storage, attempt_dir, attempt, rank, plan.file, source, lambda _: None, pool)
     pool.stop()
-    storage.sync_dir(transaction.attempt_dir)
-    entries.append(transaction.write_index(index_of(decision, reports, capacities)))
-    mesh = state.mesh
-    places = tuple(tuple(mesh.coordinates(rank).values()) for rank in range(mesh.world_size))
-    manifest = Manifest(
-        run_id=None if alone else RUN_ID,
-        step=step,
-        micro_step=0,
-        generation=number,
-        attempt=attempt,
-        created_unix_s=1_700_000_000.0,
-        world_size=state.world_size,
-        mesh=mesh.mesh,
-        coordinates=places if mesh.is_named else None,
-        parts=state.parts,
-        values=state.values,
-        rank_tensors=tuple(sorted(decision.layout.rank_tensors)),
-        rank_values=tuple(sorted(kept)),
-        rng=state.rng,
-        facts={"batch": {"micro": 1, "accumulation": 1, "data_parallel": state.world_size}},
-        metrics={"loss": 0.5},
-        writer={"dckpt": "0.0.0", "torch": "0.0"},
-        files=tuple(entries),
-    )
-    transaction.stage_manifest(manifest)
-    transaction.publish()
-    return manifest
+    return index_of(decision, reports, capacities), entries
 
 
 def _bytes(state: State, name: str, rank: int, box: tuple[tuple[int, ...], tuple[int, ...]]) -> bytes:

@@ -65,9 +65,8 @@ class ReshardRequest:
 
 @dataclass(frozen=True, slots=True)
 class ReshardWatch:
-    """How a caller follows it: the plan is made; this process writes so many bytes in all; so many more were written."""
+    """How a caller follows it: this process writes so many bytes of a checkpoint in all; so many more were written."""
 
-    on_plan: Callable[[ReshardPlan], None] = lambda _: None
     on_start: Callable[[str, int], None] | None = None
     on_bytes: Callable[[int], None] | None = None
 
@@ -205,7 +204,6 @@ class ReshardRun:
         destination = begun.destination = _choose(self._request, prepared)
         plan = begun.plan = describe_plan(prepared, destination, sizes)
         ensure_room(plan, destination.storage)
-        self._watch.on_plan(plan)
         attempt = uuid.uuid4().hex
         begun.transaction = Transaction(
             destination.storage,

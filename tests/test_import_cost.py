@@ -71,7 +71,10 @@ def test_a_public_name_that_needs_tensors_does_import_torch() -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_no_command_imports_torch(command: str, long_run: Path) -> None:
     """Run to its end on a real run, not only imported."""
-    options = {"prune": ["--last", "3", "--dry-run"]}.get(command, [])
+    options = {
+        "prune": ["--last", "3", "--dry-run"],
+        "reshard": [str(long_run.parent / "new"), "--world-size", "3"],
+    }.get(command, [])
     target = [str(long_run), *options]
     code = (
         "import sys\n"

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import mmap
 import queue
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from dckpt.blocks.buffer import Pin
+from dckpt.format.shard_file import ShardFilePlan
 
 PIECE_BYTES = 8 * 2**20
 """The largest piece that is asked for: one write call."""
@@ -80,6 +82,26 @@ class FileSource(Protocol):
         `begin` is a multiple of 4096. The same range gives the same bytes each time.
         """
         ...
+
+
+def parts_of_piece(plan: ShardFilePlan, begin: int, piece: memoryview) -> Iterator[tuple[int, int, memoryview]]:
+    """Fills `piece`, which begins at byte `begin` of a shard file, with what of the header lies in it; yields the rest.
+
+    Each part is (number of the tensor in the plan, byte of the tensor's data at which the part begins, the part's place in
+    the piece). Pieces begin at multiples of 4096 and every tensor at a multiple of its item size (FORMAT.md, section 5), so
+    no element is ever cut in two.
+    """
+    end = begin + len(piece)
+    if begin < len(plan.header):
+        part = plan.header[begin:end]
+        piece[: len(part)] = part
+    number = max(0, bisect_right(plan.begins, begin) - 1)
+    while number < len(plan.begins) and plan.begins[number] < end:
+        at = plan.begins[number]
+        first, last = max(begin, at), min(end, at + plan.tensors[number].nbytes)
+        if first < last:
+            yield number, first - at, piece[first - begin : last - begin]
+        number += 1
 
 
 class ImageSource:

@@ -7,7 +7,7 @@ code  meaning
 ====  =====================================================================================
 0     ok
 1     incomplete: a checkpoint is PARTIAL, or there was nothing to do, or you said no
-2     the command line is wrong
+2     the command line is wrong, or asks for what the checkpoint does not allow
 3     not found: no such run, checkpoint or step
 4     corrupt: a file differs from its checksums, is missing or cannot be parsed
 5     storage trouble: no permission, a full disk, a device error, a format newer than this dckpt
@@ -31,6 +31,7 @@ COMMANDS: dict[str, str] = {
     "show": "Everything about one checkpoint.",
     "verify": "Read every byte of a checkpoint and say what it is good for.",
     "prune": "Remove checkpoints by a policy, superseded steps and leftovers.",
+    "reshard": "Rewrite a checkpoint for another number of ranks.",
 }
 
 EXIT_CODES_HELP = """\b
@@ -66,7 +67,7 @@ class _Commands(click.Group):
 @click.group(cls=_Commands, epilog=EXIT_CODES_HELP, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="dckpt")
 def main() -> None:
-    """Look at, verify and prune the checkpoints of a training run.
+    """Look at, verify, prune and reshard the checkpoints of a training run.
 
     RUN is the directory that was given to Checkpointer. STEP is latest, a number, or a checkpoint's full
     name; a superseded step needs its full name.

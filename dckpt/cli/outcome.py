@@ -19,6 +19,7 @@ from dckpt.errors import (
     CorruptCheckpointError,
     DckptError,
     FormatVersionError,
+    IncompatibleStateError,
     StorageError,
     StorageMissingError,
 )
@@ -34,6 +35,7 @@ CONFLICT = 6
 # The first match decides, so a subclass stands before its base.
 _EXIT_CODES: tuple[tuple[type[DckptError], int], ...] = (
     (ConfigError, USAGE),
+    (IncompatibleStateError, USAGE),
     (CheckpointNotFoundError, NOT_FOUND),
     (CommitConflictError, CONFLICT),
     (CorruptCheckpointError, CORRUPT),

@@ -9,9 +9,9 @@ from dckpt.engine.job import SaveRequest
 from dckpt.engine.local_state import LocalState
 from dckpt.format.manifest import FileEntry, Manifest, Mesh
 from dckpt.planning.layout import Layout
+from dckpt.planning.streams import classify_streams
 from dckpt.planning.ticket import Ticket
 from dckpt.resume.facts import collect_facts, writer_versions
-from dckpt.state.rng import classify_streams
 from dckpt.state.train_state import TrainState
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Sequence
 
-from dckpt.blocks.source import PieceMemory
+from dckpt.blocks.source import PieceMemory, parts_of_piece
 from dckpt.dcp.chunks import copy_range_to_bytes
 from dckpt.engine.local_state import LocalState
 from dckpt.format.shard_file import ShardFilePlan
@@ -13,11 +12,7 @@ from dckpt.planning.files import WriteItem
 
 
 class LiveSource:
-    """A `FileSource` over tensors that do not change while it is used: the caller of the save waits for its end.
-
-    Pieces begin at multiples of 4096 and every tensor at a multiple of its item size (FORMAT.md, section 5), so no element
-    is ever cut in two.
-    """
+    """A `FileSource` over tensors that do not change while it is used: the caller of the save waits for its end."""
 
     def __init__(self, plan: ShardFilePlan, items: Sequence[WriteItem], local: LocalState) -> None:
         self._plan = plan
@@ -32,18 +27,8 @@ class LiveSource:
     def piece(self, begin: int, end: int, memory: PieceMemory) -> memoryview:
         """Copies what lies in the range into `memory`."""
         piece = memory.take(end - begin)
-        header = self._plan.header
-        if begin < len(header):
-            part = header[begin:end]
-            piece[: len(part)] = part
-        begins = self._plan.begins
-        number = max(0, bisect_right(begins, begin) - 1)
-        while number < len(begins) and begins[number] < end:
-            first = max(begin, begins[number])
-            last = min(end, begins[number] + self._items[number].shard_tensor.nbytes)
-            if first < last:
-                self._copy(self._items[number], first - begins[number], piece[first - begin : last - begin])
-            number += 1
+        for number, offset, target in parts_of_piece(self._plan, begin, piece):
+            self._copy(self._items[number], offset, target)
         return piece
 
     def _copy(self, item: WriteItem, offset: int, target: memoryview) -> None:

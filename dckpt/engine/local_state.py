@@ -12,13 +12,13 @@ from torch.distributed.tensor import DTensor, Placement
 from dckpt.dcp.chunks import LocalChunk, local_chunks, tensor_digest
 from dckpt.format.checksum import digest_bytes
 from dckpt.format.grids import cell_box
+from dckpt.format.streams import stream_digest
 from dckpt.format.values import dump_json
 from dckpt.planning.layout import Values
 from dckpt.planning.records import RECORD_BYTES_MAX, RNG
 from dckpt.planning.structure import Box, Cut, Meshes, MeshTable, Structure, TensorRow, grid_levels
 from dckpt.state.naming import DTYPE_NAMES
 from dckpt.state.records import Captured, NamedTensor
-from dckpt.state.rng import stream_digest
 
 Signature: TypeAlias = tuple[Hashable, ...]
 

@@ -10,13 +10,8 @@ from dckpt.errors import CorruptCheckpointError
 from dckpt.format.index import LayoutIndex
 from dckpt.format.manifest import Manifest
 from dckpt.format.values import load_json
+from dckpt.planning.carry import carried_tensors, part_of, refused_records
 from dckpt.planning.records import RECORD_BYTES_MAX, RNG, record_name, values_record_name
-
-# Parts whose per-rank difference has a defined answer on another number of ranks: rank 0's value, said in the report.
-CARRIED_PARTS = ("model", "ema")
-
-# Losses that were not reduced differ by rank; the counters beside them are compared when the save is planned.
-CARRIED_VALUES = ("progress",)
 
 
 def _ensure_streams(value: Any, name: str) -> dict[str, Any]:
@@ -91,23 +86,15 @@ class SavedState:
 
     def carried_tensors(self) -> tuple[str, ...]:
         """Tensors that differed by rank and are taken from rank 0 because the mesh changed."""
-        if self.is_same_mesh:
-            return ()
-        return tuple(sorted(n for n in self._rank_tensors if self._part_of(n) in CARRIED_PARTS))
+        return () if self.is_same_mesh else carried_tensors(self._rank_tensors, self.parts)
 
     def refusals(self, wanted_parts: frozenset[str]) -> list[str]:
         """What differed by rank and cannot be carried over to another mesh, among the parts that are wanted."""
         if self.is_same_mesh:
             return []
-        names = [name for name in self.manifest.rank_values if name not in (RNG, *CARRIED_VALUES)]
-        names += [n for n in self._rank_tensors if self._part_of(n) not in CARRIED_PARTS]
+        refused = refused_records(self._rank_tensors, self.manifest.rank_values, self.parts, world_size=self.world_size)
         return [
-            f"{name}: differed between the {self.world_size} ranks that saved it, so it has no meaning on another mesh; "
-            "make it equal on every rank, or load without it (parts=...)"
-            for name in sorted(names)
-            if self._part_of(name) in wanted_parts
+            f"{text}; make it equal on every rank, or load without it (parts=...)"
+            for name, text in refused.items()
+            if part_of(name, self.parts) in wanted_parts
         ]
-
-    def _part_of(self, name: str) -> str:
-        """The part to which a component or a tensor belongs ("extra.noise.table" to "extra.noise")."""
-        return max((part for part in self.parts if f"{name}.".startswith(f"{part}.")), key=len, default=name)

@@ -70,6 +70,13 @@ def _cuts(size: int, counts: Levels) -> tuple[Ints, Ints]:
     return offsets, sizes
 
 
+def has_empty_cells(shape: Sequence[int], levels: Sequence[Levels]) -> bool:
+    """Whether a cell has no elements. Not always the last one: 9 in (2, 4) parts is 2, 2, 1, 0 and 1, 1, 1, 1."""
+    return 0 in shape or any(
+        int(_cuts(size, counts)[1].min()) == 0 for size, counts in zip(shape, levels, strict=False) if counts
+    )
+
+
 def cell_box(
     shape: Sequence[int], levels: Sequence[Levels], place: Sequence[int]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -96,6 +96,7 @@ class LayoutIndex:
         self._names = placed.names
         self._key = key
         self._tables: dict[int, _FileTable] = {}
+        self._grids: dict[int, grids.Grid] = {}
         self._known_totals: tuple[list[int], int] | None = None
         self._by_file: _ByFile | None = None
 
@@ -155,6 +156,18 @@ class LayoutIndex:
         if self.columns["grid"][row] >= 0:
             return self._cells(row, self._shape(row), offsets, sizes)
         return [chunk for chunk in self._listed(row) if _overlap(chunk.offsets, chunk.sizes, offsets, sizes)]
+
+    def grid(self, name: str) -> grids.Grid | None:
+        """How a tensor is cut, None if its chunks are listed; tensors that share a grid get one object. KeyError as above."""
+        number = int(self.columns["grid"][self._row(name)])
+        if number < 0:
+            return None
+        found = self._grids.get(number)
+        if found is None:
+            begin, end = self._placed.cell_begins[number : number + 2].tolist()
+            files = tuple(self.columns["cells"][begin:end].tolist())
+            found = self._grids[number] = grids.Grid(self._placed.grid_levels[number], files)
+        return found
 
     def _listed(self, row: int) -> list[Chunk]:
         begin, end = self._placed.chunk_begins[row : row + 2].tolist()

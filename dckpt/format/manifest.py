@@ -28,6 +28,7 @@ from dckpt.format.layout import (
     sums_file_bytes,
     sums_file_name,
 )
+from dckpt.format.origin import Origin, parse_origin
 from dckpt.format.refusal import corrupt, shown
 from dckpt.format.sealed_json import JsonValue, open_sealed_json, seal_json
 
@@ -44,7 +45,7 @@ _ENTRY_KEYS = ("path", "size", "digest", "kind", "rank", "checkpoint")
 _KEYS = (
     "dckpt", "version", "run_id", "step", "micro_step", "generation", "attempt", "created_unix_s",
     "world_size", "mesh", "coordinates", "parts", "values", "planner_data", "rank_tensors", "rank_values",
-    "aliases", "rng", "facts", "metrics", "writer", "files",
+    "aliases", "rng", "facts", "metrics", "writer", "lineage", "files",
 )  # fmt: skip
 
 
@@ -92,6 +93,7 @@ class Manifest:
     facts: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
     writer: Mapping[str, str] = field(default_factory=dict)
+    lineage: Origin | None = None
     files: tuple[FileEntry, ...] = ()
 
     @property
@@ -168,6 +170,7 @@ def _to_json(manifest: Manifest) -> dict[str, Any]:
         "facts": dict(manifest.facts),
         "metrics": {name: _metric_to_json(float(value)) for name, value in manifest.metrics.items()},
         "writer": dict(manifest.writer),
+        "lineage": None if manifest.lineage is None else manifest.lineage.to_json(),
         "files": [_entry_to_json(entry) for entry in manifest.files],
     }
 
@@ -220,6 +223,7 @@ def parse_manifest(data: bytes, *, key: str) -> Manifest:
         facts=fields.mapping("facts"),
         metrics=_parse_metrics(fields),
         writer=fields.texts("writer"),
+        lineage=parse_origin(fields.value("lineage"), key=key) if fields.has("lineage") else None,
         files=_parse_files(fields, key, attempt, world_size, is_newer=is_newer),
     )
     is_of_run = manifest.generation > 0

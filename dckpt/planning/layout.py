@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -119,9 +119,11 @@ def decide_layout(
     classes: Sequence[RankClass],
     values: Sequence[Values],
     digests: Mapping[int, Mapping[str, str]] | None,
+    *,
+    listed: Collection[str] = (),
 ) -> Decision:
     """Deterministic in its arguments. `values`: of each rank; `digests`: rank -> checked tensor -> digest, or None if
-    all checked tensors are known to be alike.
+    all checked tensors are known to be alike. `listed`: tensors whose chunks are listed although a grid would describe them.
 
     Replicated data gets one writer, balanced by bytes; what differs by rank is kept by rank. Raises `ConfigError` if
     the ranks disagree on a tensor's shape or dtype.
@@ -143,7 +145,7 @@ def decide_layout(
         if name in rank_tensors:
             decision.records[name] = [(piece.ranks.ranks, piece.row) for piece in found]
             continue
-        regular = grids.of(found)
+        regular = None if name in listed else grids.of(found)
         if regular is None:
             irregular[name] = found
             continue

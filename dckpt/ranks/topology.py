@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch.distributed as dist
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +24,9 @@ class Topology:
 
 def detect_topology(group: dist.ProcessGroup | None = None) -> Topology:
     """The place in `group` (default: all ranks); one process alone when torch.distributed is not initialised."""
+    # Imported here: the offline commands use sessions without torch.
+    import torch.distributed as dist
+
     if not dist.is_available() or not dist.is_initialized():
         return Topology(0, 1)
     return Topology(dist.get_rank(group), dist.get_world_size(group))

@@ -54,7 +54,11 @@ def _check_world_size(loaded: LoadResult, world_size: int) -> list[Finding]:
 
 
 def _check_rank_tensors(loaded: LoadResult, world_size: int) -> list[Finding]:
-    names = loaded.carried_from_rank_0
+    # A checkpoint that was resharded for these ranks holds rank 0's value already, and says of what.
+    origin = loaded.manifest.lineage
+    names, saved_by = loaded.carried_from_rank_0, loaded.manifest.world_size
+    if not names and origin is not None:
+        names, saved_by = origin.carried, origin.world_size
     if not names:
         return []
     shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
@@ -63,7 +67,7 @@ def _check_rank_tensors(loaded: LoadResult, world_size: int) -> list[Finding]:
             check="rank_tensors",
             severity="warning",
             expected="the same value on every rank, or the same number of ranks",
-            found=f"{len(names)} tensors differed between {loaded.manifest.world_size} ranks",
+            found=f"{len(names)} tensors differed between {saved_by} ranks",
             remedy="use SyncBatchNorm, or continue on the same number of ranks",
             message=f"{shown}: differed between ranks when saved; all {world_size} ranks continue with rank 0's value.",
         )

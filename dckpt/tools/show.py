@@ -10,6 +10,7 @@ from dckpt.catalog.catalog import Catalog
 from dckpt.errors import CorruptCheckpointError, FormatVersionError
 from dckpt.format.index import LayoutIndex
 from dckpt.format.manifest import Manifest
+from dckpt.format.origin import Origin
 from dckpt.tools.components import Component, list_components
 from dckpt.tools.inspect import GenerationRow, lineage_of, place_in_line
 from dckpt.tools.target import Target
@@ -69,6 +70,8 @@ class CheckpointDetails:
     created_unix_s: float
     states: tuple[str, ...]
     lineage: tuple[GenerationRow, ...]
+    made_from: Origin | None
+    """The checkpoint that this one was resharded or exported from."""
     world_size: int
     mesh: Mapping[str, int]
     writer: Mapping[str, str]
@@ -107,6 +110,7 @@ def show_checkpoint(target: Target, *, with_tensors: bool = False) -> Checkpoint
         created_unix_s=manifest.created_unix_s,
         states=_states(catalog, manifest) if target.is_run else (),
         lineage=lineage_of(storage, manifest.generation) if target.is_run else (),
+        made_from=manifest.lineage,
         world_size=manifest.world_size,
         mesh={} if mesh is None else dict(zip(mesh.axes, mesh.shape, strict=True)),
         writer=manifest.writer,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from dckpt.viz.units import (
@@ -30,7 +30,9 @@ if TYPE_CHECKING:
         GenerationRow,
         LeftoverRow,
         Listing,
+        Origin,
         Plan,
+        ReshardPlan,
         Verification,
     )
 
@@ -64,6 +66,11 @@ def render_verification(report: Verification) -> str:
 def render_plan(plan: Plan) -> str:
     """`dckpt prune`: what stays and why, what goes, and how many bytes that frees."""
     return _render(lambda: _plan_parts(plan))
+
+
+def render_reshard(plan: ReshardPlan | None, *, duration_s: float | None) -> str:
+    """`dckpt reshard`: what is or was written. No plan: there was nothing to do; no duration: it was only shown."""
+    return _render(lambda: _reshard_parts(plan, duration_s))
 
 
 def _render(parts: Callable[[], Iterable[RenderableType]]) -> str:
@@ -212,6 +219,8 @@ def _identity(details: Details, now_unix_s: float) -> list[tuple[str, str]]:
         rows.append(("run", details.run_id))
     if details.lineage:
         rows.append(("lineage", _describe_line(details.lineage)))
+    if details.made_from is not None:
+        rows.append(("made from", _describe_origin(details.made_from)))
     mesh = ", ".join(f"{axis}={size}" for axis, size in details.mesh.items())
     rows += [
         ("world size", f"{details.world_size} ({mesh})" if mesh else str(details.world_size)),
@@ -227,6 +236,12 @@ def _identity(details: Details, now_unix_s: float) -> list[tuple[str, str]]:
         ),
     ]
     return rows
+
+
+def _describe_origin(origin: Origin) -> str:
+    run = f" of run {origin.run_id}" if origin.run_id is not None else ""
+    text = f"{origin.checkpoint}{run}, saved by {format_count(origin.world_size, 'rank')} ({origin.how})"
+    return f"{text}; rank 0's value of {format_names(tuple(origin.carried))}" if origin.carried else text
 
 
 def _facts_grid(rows: Iterable[tuple[str, str]]) -> Table:
@@ -340,3 +355,44 @@ def _plan_parts(plan: Plan) -> Iterable[RenderableType]:
         yield _text(f"This frees {format_bytes(plan.freed_bytes)}.")
     else:
         yield _text("Nothing to remove.")
+
+
+def _reshard_parts(plan: ReshardPlan | None, duration_s: float | None) -> Iterable[RenderableType]:
+    if plan is None:
+        yield _text("Nothing to do: the checkpoint is laid out for these ranks already.")
+        return
+    yield _text(f"{plan.source} -> {plan.destination}", "bold")
+    saved, new = _describe_ranks(plan.saved_world_size, plan.saved_mesh), _describe_ranks(plan.world_size, plan.mesh)
+    place = "the first of a new run" if plan.is_new_run else "beside what is there"
+    rows = [
+        ("from", saved),
+        ("for", new),
+        ("as", f"{plan.checkpoint}, {place}"),
+        (
+            "holds",
+            f"{format_count(plan.num_tensors, 'tensor')}, {plan.num_cut:,} of them cut; "
+            f"{format_count(plan.num_files, 'file')}, {format_bytes(plan.num_bytes)}",
+        ),
+        ("a rank", f"{format_bytes(plan.rank_bytes_min)} to {format_bytes(plan.rank_bytes_max)}"),
+        ("free there", format_bytes(plan.free_bytes)),
+        ("memory", f"at most {format_bytes(plan.memory_bytes_max)} a process, beside the program and its plan"),
+    ]
+    if plan.streams:
+        told = ", ".join(f"{stream} {how}" for stream, how in plan.streams.items())
+        rows.append(("random streams", told))
+    yield _facts_grid(rows)
+    if plan.carried:
+        names = format_names(tuple(plan.carried))
+        yield _text(f"Differed between the ranks that saved it, rank 0's go to all: {names}.", "yellow")
+    if plan.superseded:
+        yield _text(f"Superseded by this: {format_names(tuple(plan.superseded))}.", "yellow")
+    if duration_s is None:
+        yield _text("Nothing was written: --dry-run.")
+    else:
+        rate = format_bytes(int(plan.num_bytes / duration_s)) if duration_s > 0 else "?"
+        yield _text(f"Committed in {duration_s:.1f} s, {rate}/s.", "bold green")
+
+
+def _describe_ranks(world_size: int, mesh: Mapping[str, int]) -> str:
+    axes = ", ".join(f"{axis}={size}" for axis, size in mesh.items())
+    return f"{format_count(world_size, 'rank')} ({axes})" if axes else format_count(world_size, "rank")

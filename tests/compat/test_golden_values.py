@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from dckpt.format.checksum import block_checksums, digest_bytes
-from dckpt.state.rng import capture_rng, rekey_stream, stream_digest, stream_key
+from dckpt.format.streams import rekey_stream, stream_digest, stream_key
+from dckpt.state.rng import capture_rng
 
 
 def pattern(size: int) -> bytes:

@@ -16,6 +16,7 @@ from dckpt.format.generation import Generation, Parent
 from dckpt.format.index import Chunk, LayoutIndex, build_index
 from dckpt.format.layout import index_file_name, shard_file_name, sums_file_bytes, sums_file_name
 from dckpt.format.manifest import FileEntry, Manifest, Mesh
+from dckpt.format.origin import Origin
 from dckpt.format.sealed_json import dump_json
 from dckpt.format.shard_file import ShardFilePlan, ShardTensor, plan_shard_file
 
@@ -51,9 +52,26 @@ def a_manifest(*, world_size: int = 2, **changes: Any) -> Manifest:
         "facts": {"batch": {"micro": 8}},
         "metrics": {"loss": 2.5, "grad_norm": float("inf")},
         "writer": {"dckpt": "0.1.0"},
+        "lineage": None,
         "files": tuple(files),
     }
     return Manifest(**(fields | changes))
+
+
+def an_origin(**changes: Any) -> Origin:
+    """Where a resharded checkpoint comes from; `changes` replace fields."""
+    fields: dict[str, Any] = {
+        "how": "reshard",
+        "run_id": "run-0",
+        "checkpoint": "step-0000001200.g0003",
+        "step": 1200,
+        "micro_step": 0,
+        "generation": 3,
+        "manifest_sha256": "cd" * 32,
+        "world_size": 8,
+        "carried": ("model.bn.running_mean",),
+    }
+    return Origin(**(fields | changes))
 
 
 def a_generation(**changes: Any) -> Generation:

@@ -13,6 +13,7 @@ from dckpt.format.generation import Generation, Parent, encode_generation, parse
 from dckpt.format.index import Chunk, build_index, encode_index, parse_index
 from dckpt.format.layout import checkpoint_name, index_file_name, shard_file_name, sums_file_bytes, sums_file_name
 from dckpt.format.manifest import FileEntry, Manifest, Mesh, encode_manifest, parse_manifest
+from dckpt.format.origin import Origin
 from dckpt.format.sealed_json import dump_json, load_json
 from dckpt.format.shard_file import DTYPES, ShardTensor, parse_shard_header, plan_shard_file
 from dckpt.format.values import decode_value, encode_value
@@ -58,6 +59,21 @@ python_value = st.recursive(
 
 
 @st.composite
+def origins(draw):
+    return Origin(
+        how=draw(st.sampled_from(["reshard", "export"])),
+        run_id=draw(st.none() | component),
+        checkpoint=draw(name),
+        step=draw(st.none() | st.integers(0, 10**10 - 1)),
+        micro_step=draw(st.integers(0, 999_999)),
+        generation=draw(st.integers(0, 999_999)),
+        manifest_sha256=draw(hex64),
+        world_size=draw(st.integers(1, 10**6)),
+        carried=tuple(draw(names)),
+    )
+
+
+@st.composite
 def manifests(draw):
     world_size = draw(st.integers(1, 5))
     attempt = draw(hex32)
@@ -92,6 +108,7 @@ def manifests(draw):
         facts=draw(st.dictionaries(name, json_value, max_size=3)),
         metrics=draw(st.dictionaries(name, st.floats(allow_nan=False), max_size=3)),
         writer=draw(st.dictionaries(name, st.text(), max_size=3)),
+        lineage=draw(st.none() | origins()),
         files=tuple(draw(st.permutations(files))),
     )
 
@@ -111,7 +128,7 @@ def generations(draw):
         number=number,
         run_id=draw(component),
         parent=parent,
-        reason=draw(st.sampled_from(["start", "resume", "walk-back", "rollback", "load", "leg", "repair"])),
+        reason=draw(st.sampled_from(["start", "resume", "walk-back", "rollback", "load", "leg", "repair", "reshard"])),
         world_size=draw(st.integers(1, 10**6)),
         created_unix_s=draw(st.floats(0, 1e12)),
         nonce=draw(component),

@@ -9,7 +9,7 @@ from dckpt.format.generation import Parent, encode_generation, parse_generation
 from tests.unit.format.builders import a_generation, forge_sealed
 
 
-@pytest.mark.parametrize("reason", ["start", "resume", "walk-back", "rollback", "load", "leg", "repair"])
+@pytest.mark.parametrize("reason", ["start", "resume", "walk-back", "rollback", "load", "leg", "repair", "reshard"])
 def test_a_generation_round_trips(reason):
     generation = a_generation(reason=reason)
 

@@ -18,7 +18,7 @@ from dckpt.format.manifest import (
     manifest_digest,
     parse_manifest,
 )
-from tests.unit.format.builders import ATTEMPT, DIGEST, a_manifest, forge_sealed
+from tests.unit.format.builders import ATTEMPT, DIGEST, a_manifest, an_origin, forge_sealed
 
 KEY = "step-0000001200.g0007/manifest.json"
 
@@ -56,6 +56,15 @@ def test_a_stand_alone_manifest_has_no_run_and_no_id():
 
     assert found == manifest
     assert found.id is None
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"how": "export"}, {"run_id": None, "step": None, "generation": 0}, {"carried": ()}]
+)
+def test_where_a_resharded_checkpoint_comes_from_is_kept(changes):
+    manifest = a_manifest(lineage=an_origin(**changes))
+
+    assert parse_manifest(encode_manifest(manifest), key=KEY) == manifest
 
 
 def test_a_diverged_metric_is_kept():
@@ -140,6 +149,17 @@ def test_a_file_of_another_checkpoint_may_be_named():
         ({"metrics": {"loss": True}}, "metrics.loss"),
         ({"metrics": {"loss": {"$t": "float", "v": "1"}}}, "metrics.loss"),
         ({"writer": {"dckpt": None}}, "writer.dckpt"),
+        ({"lineage": []}, "lineage"),
+        ({"lineage": {"how": "magic"}}, "lineage.checkpoint"),
+        ({"lineage": an_origin(how="magic").to_json()}, "lineage.how"),
+        ({"lineage": an_origin(run_id="../x").to_json()}, "lineage.run_id"),
+        ({"lineage": an_origin(checkpoint="a\0b").to_json()}, "lineage.checkpoint"),
+        ({"lineage": an_origin(step=-1).to_json()}, "lineage.step"),
+        ({"lineage": an_origin(generation=10**6).to_json()}, "lineage.generation"),
+        ({"lineage": an_origin(manifest_sha256="ab").to_json()}, "lineage.manifest_sha256"),
+        ({"lineage": an_origin(world_size=0).to_json()}, "lineage.world_size"),
+        ({"lineage": an_origin(carried=("a", "a")).to_json()}, "lineage.carried"),
+        ({"lineage": an_origin().to_json() | {"x": 1}}, "lineage.x"),
         ({"files": None}, "files"),
         ({"files": []}, "files"),
         ({"files": ["x"]}, "files[0]"),
@@ -207,7 +227,7 @@ def test_a_newer_major_version_is_not_called_damage():
 
 def test_a_newer_minor_version_may_have_more_fields():
     files = [file | {"added": 1} for file in as_json()["files"]]
-    found = parse_manifest(forge_sealed(as_json(version=[1, 1], lineage={}, files=files)), key=KEY)
+    found = parse_manifest(forge_sealed(as_json(version=[1, 1], added={}, files=files)), key=KEY)
 
     assert found == a_manifest()
 

@@ -12,9 +12,9 @@ from dckpt.format.index import LayoutIndex, encode_index, parse_index
 from dckpt.planning.indexing import FileReport, RankReport, lay_index
 from dckpt.planning.layout import Decision, Layout, decide_layout
 from dckpt.planning.records import record_capacity
+from dckpt.planning.streams import classify_streams
 from dckpt.planning.structure import Cut, Meshes, MeshTable, RankClass, Structure, TensorRow
 from dckpt.planning.ticket import Ticket, ensure_same_step, is_still_right
-from dckpt.state.rng import classify_streams
 
 INDEX_BYTES_ASKED = 50_000_000
 SLACK = 1.15  # over the doubling that is allowed

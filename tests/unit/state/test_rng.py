@@ -8,19 +8,10 @@ import pytest
 import torch
 
 from dckpt.errors import ConfigError, CorruptCheckpointError
+from dckpt.format.streams import rekey_stream, run_seed_of, stream_digest, stream_key, torch_cpu_state
 from dckpt.format.values import decode_value, dump_json, encode_value, load_json
-from dckpt.state.rng import (
-    available_streams,
-    capture_rng,
-    classify_streams,
-    plan_rng,
-    rekey_stream,
-    restore_rng,
-    run_seed_of,
-    stream_digest,
-    stream_key,
-    torch_cpu_state,
-)
+from dckpt.planning.streams import classify_streams, plan_rng
+from dckpt.state.rng import available_streams, capture_rng, restore_rng
 
 BIT_GENERATORS = [np.random.MT19937, np.random.PCG64, np.random.PCG64DXSM, np.random.Philox, np.random.SFC64]
 

@@ -11,8 +11,9 @@ from torch.optim import lr_scheduler as schedules
 from torch.optim.swa_utils import AveragedModel
 
 from dckpt.errors import ConfigError
+from dckpt.format.streams import stream_digest
 from dckpt.state.progress import Batch, TrainProgress
-from dckpt.state.rng import capture_rng, stream_digest
+from dckpt.state.rng import capture_rng
 from dckpt.state.train_state import TrainState
 from tests.unit.state.memory_checkpoint import load, read, same, save
 

@@ -265,7 +265,9 @@ class LayoutIndex:
         """(tensor name, bytes of an element, chunk) of the chunks in one file, ascending by where they begin."""
         table = self._table(file)
         assert self._by_file is not None, "made with the table"
-        boxes = {int(self._placed.owner[chunk]): self._listed_box(chunk) for chunk in self._by_file.listed(file).tolist()}
+        boxes = {
+            int(self._placed.owner[chunk]): self._listed_box(chunk) for chunk in self._by_file.listed(file).tolist()
+        }
         cells = dict(self._by_file.cells(file))
         found = []
         for row, begin in zip(table.rows.tolist(), table.begins.tolist(), strict=True):

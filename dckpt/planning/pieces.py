@@ -74,9 +74,8 @@ class FileChunks:
                 yield stored
 
 
-def find_pieces(wants: Wants, chunks: FileChunks, rank: int, begin: int, end: int) -> list[Piece]:
+def find_pieces(wants: Wants, chunks: FileChunks, rank: int, begin: int, end: int) -> Iterator[Piece]:
     """What `rank` wants of bytes `begin` to `end` of the file, in one order on every rank. Both are ends of elements."""
-    found = []
     for stored in chunks.within(begin, end):
         item, sizes = stored.item_bytes, stored.chunk.sizes
         strides = element_strides(sizes)
@@ -86,12 +85,9 @@ def find_pieces(wants: Wants, chunks: FileChunks, rank: int, begin: int, end: in
             for offsets, extents in clip_box(sizes, region.offsets, region.sizes, first, stop):
                 at = sum(o * stride for o, stride in zip(offsets, strides, strict=True))
                 origin = tuple(o - r + to for o, r, to in zip(offsets, region.offsets, region.origin, strict=True))
-                found.append(
-                    Piece(
-                        region.row, region.place, item, stored.begin + at * item - begin, byte_strides, extents, origin
-                    )
+                yield Piece(
+                    region.row, region.place, item, stored.begin + at * item - begin, byte_strides, extents, origin
                 )
-    return found
 
 
 def clip_box(

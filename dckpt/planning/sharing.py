@@ -88,9 +88,7 @@ def _takers(wants: Wants, runs: _Runs, run: int, rank: int, known: dict[bytes, t
         ranks = sorted({member for group in groups.tolist() for member in wants.group(group)})
         parts = -(-len(ranks) // PEERS_MAX)
         edges = [part * len(ranks) // parts for part in range(parts + 1)]
-        found = next(
-            tuple(ranks[a:b]) for a, b in pairwise(edges) if ranks[a] <= rank <= ranks[b - 1]
-        )
+        found = next(tuple(ranks[a:b]) for a, b in pairwise(edges) if ranks[a] <= rank <= ranks[b - 1])
         known[groups.tobytes()] = found
     return found
 

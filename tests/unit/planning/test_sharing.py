@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -43,12 +44,14 @@ def make_world(size: int, kind: str, shapes: Any = SHAPES) -> World:
             placements = [Shard(0), Shard(1)] if can_cut_columns else [Shard(0), Replicate()]
             world.add(name, shape, mesh_of(size // half, half), placements, dtype="I32")
         elif kind == "strided":
-            world.add(name, shape, mesh_of(size // half, half), [_StridedShard(0, split_factor=half), Shard(0)], dtype="I32")
+            world.add(
+                name, shape, mesh_of(size // half, half), [_StridedShard(0, split_factor=half), Shard(0)], dtype="I32"
+            )
         elif kind == "boxes":
             edges = [rank * shape[0] // size for rank in range(size)] + [shape[0]]
             boxes: dict[int, list[Box]] = {
                 rank: [((first, *([0] * (len(shape) - 1))), (stop - first, *shape[1:]))] if stop > first else []
-                for rank, (first, stop) in enumerate(zip(edges, edges[1:], strict=False))
+                for rank, (first, stop) in enumerate(pairwise(edges))
             }
             world.add_boxes(name, shape, boxes, dtype="I32")
     return world
@@ -102,7 +105,9 @@ class Loading:
         self.filled = [[[np.full(sizes, -1) for _, sizes in boxes] for boxes in rows] for rows in live.boxes]
         self.files = range(len(saved.files))
         self.plans: list[dict[int, list[Stripe]]] = []
-        self.block_reads = {file: np.zeros(-(-saved.file_extent(file) // BLOCK_BYTES), dtype=int) for file in self.files}
+        self.block_reads = {
+            file: np.zeros(-(-saved.file_extent(file) // BLOCK_BYTES), dtype=int) for file in self.files
+        }
         self.needed = {file: np.zeros_like(reads, dtype=bool) for file, reads in self.block_reads.items()}
 
     def run(self) -> None:
@@ -144,9 +149,7 @@ class Loading:
 
     def check(self) -> None:
         for rank in range(self.live.size):
-            for row, boxes, arrays in zip(
-                self.live.rows[rank], self.live.boxes[rank], self.filled[rank], strict=True
-            ):
+            for row, boxes, arrays in zip(self.live.rows[rank], self.live.boxes[rank], self.filled[rank], strict=True):
                 for (offsets, sizes), array in zip(boxes, arrays, strict=True):
                     assert (array == number_elements(row.shape)[box_slices(offsets, sizes)]).all(), (rank, row.name)
             for stripes in self.plans[rank].values():

@@ -144,6 +144,7 @@ class Receiver:
         self._blobs: dict[tuple[int, int], bytes] = {}
         self._changed = threading.Condition()
         self._wake_reading, self._wake_writing = socket.socketpair()
+        self._wake_writing.setblocking(False)
         self._is_closed = False
         self._todo: list[Callable[[], None]] = []
         self._thread = threading.Thread(target=self._serve, name="dckpt-peers", daemon=True)
@@ -199,7 +200,7 @@ class Receiver:
         with self._changed:
             self._todo.append(action)
         with contextlib.suppress(OSError):  # a full pipe wakes as well; a closed one has nobody to wake
-            self._wake_writing.send(b"!", socket.MSG_DONTWAIT)
+            self._wake_writing.send(b"!")
 
     # -- in the serving thread -----------------------------------------------------------------------------------------
 
@@ -246,7 +247,7 @@ class Receiver:
             if len(strangers) >= STRANGERS_MAX:
                 sock.close()
                 return
-            sock.settimeout(GREETING_S)
+            sock.setblocking(False)
             incoming = _Incoming(sock, self)
             self._connections.add(incoming)
             self._register(sock, incoming)
@@ -277,10 +278,8 @@ class Receiver:
         """Bytes read, 0 at the end, None if there are none now."""
         try:
             if not incoming.wants_descriptor:
-                return incoming.sock.recv_into(target, 0, socket.MSG_DONTWAIT)
-            data, descriptors, _, _ = socket.recv_fds(
-                incoming.sock, 1, 1, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
-            )
+                return incoming.sock.recv_into(target)
+            data, descriptors, _, _ = socket.recv_fds(incoming.sock, 1, 1, socket.MSG_CMSG_CLOEXEC)
         except BlockingIOError:
             return None
         incoming.descriptor = descriptors[0] if descriptors else None

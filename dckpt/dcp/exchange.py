@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import xxhash
@@ -31,7 +32,7 @@ def make_arena() -> Arena:
 
 
 class Exchange:
-    """The pieces of round `number`: call `begin`, then `read_own`, then wait until `is_complete`.
+    """The pieces of round `number`: `begin`, then `read_own`, then wait with `settle`, then `finish`.
 
     A rank that fails tells those who expect pieces from it, and still takes what the others send. `failure`: this
     rank's own error, the first one; `voided`: ranks that said that they failed; `lost`: a rank whose connection failed.
@@ -77,15 +78,20 @@ class Exchange:
         """Whether a thread of this rank waits for the storage."""
         return self._reading > 0
 
-    @property
-    def is_sending(self) -> bool:
-        """Whether stripes of this rank are still being read, or copied from by others."""
-        return any(thread.is_alive() for thread in self._threads) or bool(self._peers.waiting_for())
+    def settle(self, seconds: float) -> bool:
+        """Waits at most so long until everything is where it belongs, or will not come; whether it is."""
+        limit = time.monotonic() + seconds
+        pause = 0.0005
+        while self.lost is not None or self.awaited() or self._peers.waiting_for():
+            if time.monotonic() > limit:
+                return False
+            time.sleep(pause)
+            pause = min(2 * pause, 0.01)
+        return True
 
-    @property
-    def is_complete(self) -> bool:
-        """Everything is where it belongs, or will not come."""
-        return not self.awaited()
+    def finish(self) -> None:
+        """After the last wait, however it ended: tensors on a GPU are as they will be."""
+        self._destinations.finish()
 
     def awaited(self) -> set[int]:
         """Ranks whose pieces are still to come."""

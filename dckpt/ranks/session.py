@@ -93,6 +93,7 @@ class Session:
         """The error in force, once this rank aborted the session or heard of its abort: the same on every rank."""
         self._link, self._topology, self._prefix = link, topology, prefix
         self._call, self._deadline_s, self._total_s = call, deadline_s, total_s
+        self.deadline_s = deadline_s
         self._consequence = consequence
         self._opened_at = time.monotonic()
         self._slice_s = slice_s(topology, deadline_s)
@@ -287,11 +288,11 @@ class Session:
                 if now - failed_at >= min(ERROR_GRACE_S, self._deadline_s / 3):
                     break
             missing = [rank for rank in everyone if rank not in arrived]
-            self._tick(now)
-            stalls.observe(self._read_ticks(missing), now)
+            self.tick(now)
+            stalls.observe(self.read_ticks(missing), now)
             late = stalls.stalled(missing, now)
             if late:
-                self._abort_with(self._late_error(late))
+                self._abort_with(self.late_error(late))
             if self._total_s is not None and now - self._opened_at >= self._total_s:
                 self._abort_with(
                     messages.total_exceeded(self.what, self._phase, missing, self._total_s, self._consequence)
@@ -309,7 +310,7 @@ class Session:
         found, verdict = self._link.call(read, self._deadline_s)
         if not found:
             self._raise_abort(verdict)
-            self._abort_with(self._late_error(ranks))
+            self._abort_with(self.late_error(ranks))
         return dict(zip(ranks, found, strict=True))
 
     def _look_at_arrivals(self, store: RawStore, keys: ExchangeKeys) -> tuple[dict[int, bool], str]:
@@ -318,7 +319,8 @@ class Session:
         marks = text.split(",")[:-1]
         return {int(mark.rstrip("!")): mark.endswith("!") for mark in marks}, self._read_verdict(store)
 
-    def _read_ticks(self, ranks: Sequence[int]) -> dict[int, int]:
+    def read_ticks(self, ranks: Sequence[int]) -> dict[int, int]:
+        """The heartbeat counter of each of `ranks`."""
         names = [self._beat_key(rank) for rank in ranks]
 
         def read(store: RawStore) -> list[bytes]:
@@ -332,8 +334,8 @@ class Session:
         found = self._link.call(read, self._deadline_s)
         return {rank: int(value) for rank, value in zip(ranks, found, strict=True)}
 
-    def _late_error(self, ranks: list[int]) -> CoordinationTimeoutError:
-        """Tells ranks that never opened the session from ranks that stand still in it."""
+    def late_error(self, ranks: list[int]) -> CoordinationTimeoutError:
+        """The error for ranks that do not come. Tells ranks that never opened the session from ranks that stand still in it."""
 
         def read(store: RawStore) -> bytes:
             return store.get(self._joined_key) if store.check([self._joined_key]) else b""
@@ -371,7 +373,7 @@ class Session:
             raise AbortedError(messages.error_from_text(record[1:].decode("ascii")))
         if kind == SEE_VERDICT:
             self._raise_abort(verdict)
-            raise AbortedError(self._late_error([0]))
+            raise AbortedError(self.late_error([0]))
         return large_value if kind == LARGE else record[1:]
 
     def _wait_open(self, watch: Watch, door: str) -> None:
@@ -390,7 +392,7 @@ class Session:
                 self._raise_abort(verdict)
             stalls.observe({0: tick}, now)
             if stalls.stalled([0], now):
-                error: DckptError = self._late_error([0])
+                error: DckptError = self.late_error([0])
             elif self._total_s is not None and now - self._opened_at >= self._total_s + 2 * SLICE_S:
                 error = messages.total_exceeded(self.what, self._phase, [0], self._total_s, self._consequence)
             else:
@@ -415,6 +417,14 @@ class Session:
         self._link.post(lambda store: store.compare_set(self._verdict_key, "", text))
         raise AbortedError(error)
 
+    def peer_lost(self, rank: int, reason: str) -> PeerFailedError:
+        """The error for a rank whose connection to this one failed."""
+        return messages.peers_failed(self.what, self._phase, {rank: ("ConnectionLost", reason)}, self._consequence)
+
+    def enter(self, phase: str) -> None:
+        """The phase that errors name from here on, for work outside an exchange."""
+        self._phase = phase
+
     # -- heartbeat -----------------------------------------------------------------------------------------------
 
     def beat(self, progress: int) -> None:
@@ -422,7 +432,8 @@ class Session:
         if self._heartbeat.due(progress, time.monotonic()):
             self._post_beat()
 
-    def _tick(self, now: float) -> None:
+    def tick(self, now: float) -> None:
+        """A beat of a rank whose only work is to wait for others."""
         if self._heartbeat.tick(now):
             self._post_beat()
 

@@ -12,11 +12,11 @@ BLOB_BYTES_MAX = 2**31
 
 BLOB, SLOT, PAYLOAD, VOID = 1, 2, 3, 4
 """Kinds of frames. BLOB: bytes for whoever waits for number `begin`. SLOT: bytes `begin` to `begin + length` of a file lie in a
-slot of the sender's arena. PAYLOAD: the receiver's elements of the stripe at `begin` follow, `length` bytes. VOID: the
-sender failed; nothing more comes from it in this round."""
+slot of the sender's arena, from byte `offset` of it on. PAYLOAD: the receiver's elements of the stripe at `begin` follow,
+`length` bytes. VOID: the sender failed; nothing more comes from it in this round."""
 
 _HELLO = struct.Struct("<8s32sIIQ")
-_FRAME = struct.Struct("<BxxxIIIQQQ")
+_FRAME = struct.Struct("<BxxxIIIIxxxxQQQ")
 _ACK = struct.Struct("<I")
 _MAGIC = b"dckptX1\n"
 HELLO_BYTES, FRAME_BYTES, ACK_BYTES = _HELLO.size, _FRAME.size, _ACK.size
@@ -36,19 +36,21 @@ class Frame:
     begin: int = 0
     length: int = 0
     slot: int = 0
+    offset: int = 0
     check: int = 0
 
     def encode(self) -> bytes:
         """As it travels."""
-        return _FRAME.pack(self.kind, self.round, self.file, self.slot, self.begin, self.length, self.check)
+        numbers = (self.round, self.file, self.slot, self.offset, self.begin, self.length, self.check)
+        return _FRAME.pack(self.kind, *numbers)
 
     @classmethod
     def decode(cls, data: bytes | bytearray) -> Frame:
         """What a rank of this job sent. Raises `StrangerError` for a kind that there is not."""
-        kind, number, file, slot, begin, length, check = _FRAME.unpack(data)
+        kind, number, file, slot, offset, begin, length, check = _FRAME.unpack(data)
         if kind not in (BLOB, SLOT, PAYLOAD, VOID) or (kind == BLOB and length > BLOB_BYTES_MAX):
             raise StrangerError(f"frame of kind {kind} and {length} bytes")
-        return cls(kind, number, file, begin, length, slot, check)
+        return cls(kind, number, file, begin, length, slot, offset, check)
 
 
 def encode_hello(token: bytes, source: int, target: int, arena_bytes: int) -> bytes:

@@ -16,7 +16,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dckpt.blocks.arena import Arena, Slot
@@ -88,7 +88,7 @@ class _Outgoing:
     sock: socket.socket | None = None
     is_local: bool = False
     is_sending: bool = False
-    unacknowledged: dict[int, Slot] = field(default_factory=dict)
+    unacknowledged: list[Slot] = field(default_factory=list)  # once for each frame; only the receiving thread removes
     moved_at: float = 0.0  # when bytes or an acknowledgement last went through
 
     def is_waiting(self) -> bool:
@@ -137,7 +137,8 @@ class Peers:
     def send_stripe(
         self, rank: int, head: Frame, slot: Slot, payload: Callable[[], tuple[Sequence[memoryview], int]]
     ) -> None:
-        """Sends what lies in `slot`, to a rank of this host by naming the slot, else `payload()` (its bytes, their checksum).
+        """Sends `head.length` bytes at `head.offset` of `slot`, to a rank of this host by naming the slot, else by `payload()`:
+        the bytes that the rank wants of them, and their checksum.
 
         Raises `PeerLostError` when the connection fails, `PeersEndedError` after `end`. A slot stays held until the
         other rank has acknowledged it.
@@ -147,13 +148,11 @@ class Peers:
             self._connect(peer)
             if peer.is_local:
                 slot.hold()
-                peer.unacknowledged[slot.number] = slot
-                frame = Frame(SLOT, head.round, head.file, head.begin, head.length, slot.number)
-                self._push(peer, [frame.encode()])
+                peer.unacknowledged.append(slot)
+                self._push(peer, [replace(head, kind=SLOT, slot=slot.number).encode()])
                 return
             views, check = payload()
-            length = sum(map(len, views))
-            frame = Frame(PAYLOAD, head.round, head.file, head.begin, length, 0, check)
+            frame = replace(head, kind=PAYLOAD, length=sum(map(len, views)), check=check)
             self._push(peer, [frame.encode(), *views])
 
     def send_void(self, rank: int, number: int) -> None:
@@ -243,7 +242,9 @@ class Peers:
                 self.receiving.note_lost(peer.rank, "its connection ended")
             return False
         for number in decode_acks(data):
-            peer.unacknowledged.pop(number).release()
+            slot = next(held for held in peer.unacknowledged if held.number == number)
+            peer.unacknowledged.remove(slot)
+            slot.release()
         peer.moved_at = time.monotonic()
         return True
 

@@ -104,7 +104,7 @@ class _Incoming:
         if frame.kind == SLOT:
             if arena is None:
                 raise StrangerError("a slot without an arena")
-            begin = frame.slot * self._owner.slot_bytes
+            begin = frame.slot * self._owner.slot_bytes + frame.offset
             if sink is not None:
                 sink.take_slot(rank, frame, arena[begin : begin + frame.length])
             self.sock.sendall(encode_ack(frame.slot))

@@ -117,18 +117,18 @@ class Exchange:
                 self._fail(error)
             if self.failure is not None:
                 break
-            self._read_files(iter([stripe for stripe in self._own if stripe.file in files]), files, wait)
+            self._read_files(_batches([stripe for stripe in self._own if stripe.file in files]), files, wait)
         if self.failure is not None:
             self._tell_failure()
 
     def _read_files(
         self,
-        stripes: Iterator[Stripe],
+        batches: Iterator[list[Stripe]],
         files: Mapping[int, VerifiedFile],
         wait: Callable[[Callable[[float], bool]], None],
     ) -> None:
         self._threads = [
-            threading.Thread(target=self._serve, args=(stripes, files), name=f"dckpt-stripes-{number}", daemon=True)
+            threading.Thread(target=self._serve, args=(batches, files), name=f"dckpt-stripes-{number}", daemon=True)
             for number in range(READER_THREADS)
         ]
         for thread in self._threads:
@@ -147,14 +147,14 @@ class Exchange:
                 return False
         return True
 
-    def _serve(self, stripes: Iterator[Stripe], files: Mapping[int, VerifiedFile]) -> None:
+    def _serve(self, batches: Iterator[list[Stripe]], files: Mapping[int, VerifiedFile]) -> None:
         try:
             while self.failure is None and self.lost is None and not self._peers.is_ended:
                 with self._lock:
-                    stripe = next(stripes, None)
-                if stripe is None:
+                    batch = next(batches, None)
+                if batch is None:
                     return
-                self._hand_on(stripe, files[stripe.file])
+                self._hand_on(batch, files[batch[0].file])
         except PeersEndedError:
             return
         except PeerLostError as error:
@@ -162,25 +162,32 @@ class Exchange:
         except Exception as error:  # noqa: BLE001 - the caller's to raise, once the others know
             self._fail(error)
 
-    def _hand_on(self, stripe: Stripe, file: VerifiedFile) -> None:
+    def _hand_on(self, batch: Sequence[Stripe], file: VerifiedFile) -> None:
+        """Reads stripes that follow each other at once, and gives each to its takers."""
         slot = self._free_slot()
         try:
-            with self._lock:
-                self._reading += 1
-            try:
-                data = file.read(stripe.begin, stripe.end, slot)
-            finally:
-                with self._lock:
-                    self._reading -= 1
-            with self._lock:
-                self._on_bytes(len(data))
-            # Everybody begins with another rank, or all of them would wait for the first.
-            at = stripe.takers.index(self._rank)
-            for taker in stripe.takers[at + 1 :] + stripe.takers[:at]:
-                self._send(stripe, taker, slot, data)
-            self._destinations.fill(self._pieces(stripe, self._rank), data)
+            data = self._read(batch[0].begin, batch[-1].end, slot, file)
+            for stripe in batch:
+                part = data[stripe.begin - batch[0].begin : stripe.end - batch[0].begin]
+                # Everybody begins with another rank, or all of them would wait for the first.
+                at = stripe.takers.index(self._rank)
+                for taker in stripe.takers[at + 1 :] + stripe.takers[:at]:
+                    self._send(stripe, taker, slot, stripe.begin - batch[0].begin, part)
+                self._destinations.fill(self._pieces(stripe, self._rank), part)
         finally:
             slot.release()
+
+    def _read(self, begin: int, end: int, slot: Slot, file: VerifiedFile) -> memoryview:
+        with self._lock:
+            self._reading += 1
+        try:
+            data = file.read(begin, end, slot)
+        finally:
+            with self._lock:
+                self._reading -= 1
+        with self._lock:
+            self._on_bytes(len(data))
+        return data
 
     def _free_slot(self) -> Slot:
         assert self._peers.arena is not None
@@ -191,7 +198,7 @@ class Exchange:
             if slot is not None:
                 return slot
 
-    def _send(self, stripe: Stripe, taker: int, slot: Slot, data: memoryview) -> None:
+    def _send(self, stripe: Stripe, taker: int, slot: Slot, offset: int, data: memoryview) -> None:
         if next(self._pieces(stripe, taker), None) is None:
             return
 
@@ -202,7 +209,7 @@ class Exchange:
                 hasher.update(view)
             return views, hasher.intdigest()
 
-        head = Frame(PAYLOAD, self._number, stripe.file, stripe.begin, len(data))
+        head = Frame(PAYLOAD, self._number, stripe.file, stripe.begin, len(data), offset=offset)
         self._peers.send_stripe(taker, head, slot, payload)
 
     def _pieces(self, stripe: Stripe, rank: int) -> Iterator[Piece]:
@@ -273,3 +280,16 @@ class Exchange:
     def _done(self, frame: Frame) -> None:
         with self._lock:
             self._expected.pop((frame.file, frame.begin), None)
+
+
+def _batches(stripes: Sequence[Stripe]) -> Iterator[list[Stripe]]:
+    """Ascending stripes of one owner, those together that follow each other without a gap and fit into a slot."""
+    batch: list[Stripe] = []
+    for stripe in stripes:
+        follows = batch and (batch[-1].file, batch[-1].end) == (stripe.file, stripe.begin)
+        if batch and not (follows and stripe.end - batch[0].begin <= SLOT_BYTES):
+            yield batch
+            batch = []
+        batch.append(stripe)
+    if batch:
+        yield batch

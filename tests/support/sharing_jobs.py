@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -171,6 +172,7 @@ def load_and_fall(
     """Replicas load; the victim is struck in the middle of its reads. Every other rank leaves a mark when it is done."""
     posix = CountedReads(strike_at=2 if rank == victim else 0, signal_number=getattr(signal, signal_name))
     tensors = make_tensors("replicas", world_size, 99)
+    dist.barrier()  # the short deadline is not for the start of processes
     try:
         if by_tcp:
             with kernel_without_anonymous_files():

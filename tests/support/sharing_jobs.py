@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,6 +110,9 @@ class CountedReads(Posix):
 
     def pread_into(self, fd: int, target: memoryview, offset: int) -> int:
         return self._count(fd, super().pread_into(fd, target, offset))
+
+    def preadv(self, fd: int, targets: Sequence[memoryview], offset: int, *, flags: int = 0) -> int:
+        return self._count(fd, super().preadv(fd, targets, offset, flags=flags))
 
     def _count(self, fd: int, count: int) -> int:
         if fd in self._shards:

@@ -91,7 +91,7 @@ class SharedRead:
 
         destinations = Destinations(wanted.boxes)
         exchange = Exchange(self._peers, self._number, plan.wants, destinations, plan.stripes, plan.chunks, count)
-        self._session.enter(f"read-{self._number}")
+        self._session.phase = f"read-{self._number}"  # what errors name
         exchange.begin()
         try:
             exchange.read_own(files.open, lambda is_done: self._wait(exchange, is_done))

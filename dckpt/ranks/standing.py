@@ -8,7 +8,7 @@ from typing import NoReturn, Protocol
 
 from dckpt.errors import DckptError
 from dckpt.ranks.client import ContactLostError, NoAnswerError
-from dckpt.ranks.messages import coordinator_lost, coordinator_silent
+from dckpt.ranks.messages import coordinator_lost, peers_failed
 from dckpt.ranks.progress import StallWatch
 from dckpt.ranks.session import SLICE_S, Session
 
@@ -55,7 +55,7 @@ def stand_by(session: Session, world_size: int, work: Work, is_done: Callable[[f
         lost = work.lost()
         if lost is not None:
             _await_reason(session, min(REASON_GRACE_S, deadline_s / 3))
-            _abort(session, session.peer_lost(*lost))
+            _abort(session, _peer_lost(session, *lost))
         if work.is_busy():
             session.beat(work.progress())
         else:
@@ -72,10 +72,16 @@ def stand_by(session: Session, world_size: int, work: Work, is_done: Callable[[f
 def _ticks(session: Session, ranks: list[int]) -> dict[int, int]:
     try:
         return session.read_ticks(ranks)
-    except ContactLostError:
-        raise coordinator_lost(session.what, "read", "The load is abandoned.") from None
-    except NoAnswerError:
-        raise coordinator_silent(session.what, "read", session.deadline_s, "The load is abandoned.") from None
+    except (ContactLostError, NoAnswerError):
+        session.raise_if_aborted()  # says in the session's words that the coordinator is lost or silent
+        return {}
+
+
+def _peer_lost(session: Session, rank: int, reason: str) -> DckptError:
+    if rank == 0:
+        # In the words of those who lose its store, so that all have the same.
+        return coordinator_lost(session.what, session.phase, session.consequence)
+    return peers_failed(session.what, session.phase, {rank: ("ConnectionLost", reason)}, session.consequence)
 
 
 def _await_reason(session: Session, seconds: float) -> None:

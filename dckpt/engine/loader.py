@@ -306,7 +306,7 @@ class Loader:
         failure = None
         try:
             found = rank_classes(candidate.wanted, classes, blobs)
-            candidate.reads = plan_together(saved, plan, found, rank)
+            candidate.reads = plan_together(saved, plan, candidate.wanted, found, rank)
         except Exception as error:  # noqa: BLE001 - it travels to all ranks, which raise it together
             failure = error
         return self._vote(session, f"plan-{number}", {}, failure, _decide_corrupt)

@@ -15,8 +15,8 @@ from dckpt.dcp.spans import BoxRead, plan_reads
 from dckpt.engine.saved_state import SavedState
 from dckpt.engine.wanted import RECORD_PREFIX, Wanted
 from dckpt.format.index import LayoutIndex
-from dckpt.planning.pieces import FileChunks, StoredChunk
-from dckpt.planning.sharing import Stripe, plan_stripes
+from dckpt.planning.pieces import FileChunks, Part, StoredChunk, find_parts
+from dckpt.planning.sharing import Stripe, plan_file
 from dckpt.planning.structure import RankClass
 from dckpt.planning.wants import Wants
 from dckpt.ranks.session import Session
@@ -29,7 +29,7 @@ class ReadPlan:
     """What this rank reads by itself (`direct`), and the stripes in which it takes part, by file."""
 
     direct: list[BoxRead]
-    stripes: dict[int, list[Stripe]] = field(default_factory=dict)
+    stripes: dict[int, tuple[Stripe, ...]] = field(default_factory=dict)
     chunks: dict[int, FileChunks] = field(default_factory=dict)
     wants: Wants | None = None
 
@@ -44,7 +44,9 @@ def plan_alone(saved: SavedState, plan: RestorePlan) -> ReadPlan:
     return ReadPlan(plan_reads(_named(saved, plan), saved.index))
 
 
-def plan_together(saved: SavedState, plan: RestorePlan, classes: Sequence[RankClass], rank: int) -> ReadPlan:
+def plan_together(
+    saved: SavedState, plan: RestorePlan, wanted: Wanted, classes: Sequence[RankClass], rank: int
+) -> ReadPlan:
     """This rank's part of the plan that is equal on all ranks."""
     wants = Wants(classes)
     named = _named(saved, plan)
@@ -54,12 +56,23 @@ def plan_together(saved: SavedState, plan: RestorePlan, classes: Sequence[RankCl
     found = ReadPlan([], wants=wants)
     for file in sorted({read.chunk.file for read in reads}):
         chunks = _chunks_of(saved.index, file)
-        stripes = plan_stripes(wants, file, saved.index.file_extent(file), chunks, rank)
-        if stripes:
-            found.stripes[file], found.chunks[file] = stripes, chunks
-    alone = [read for read in reads if read.chunk.file not in found.stripes]
-    found.direct = [*plan_reads(records, saved.index), *alone]
+        shared = plan_file(wants, file, saved.index.file_extent(file), chunks, rank)
+        if shared is not None:
+            found.stripes[file], found.chunks[file] = shared.stripes, chunks
+            found.direct += [
+                _box_read(saved.index, wanted, part)
+                for begin, end in shared.alone
+                for part in find_parts(wants, chunks, rank, begin, end)
+            ]
+    found.direct += plan_reads(records, saved.index)
+    found.direct += [read for read in reads if read.chunk.file not in found.stripes]
     return found
+
+
+def _box_read(index: LayoutIndex, wanted: Wanted, part: Part) -> BoxRead:
+    target = wanted.chunks[part.row][part.place].tensor
+    where = tuple(slice(o, o + s) for o, s in zip(part.origin, part.sizes, strict=True))
+    return BoxRead(part.stored.chunk, index.meta(part.stored.name).dtype, part.offsets, part.sizes, target[where])
 
 
 def _named(saved: SavedState, plan: RestorePlan) -> list[tuple[str, torch.Tensor]]:

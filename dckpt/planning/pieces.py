@@ -74,20 +74,38 @@ class FileChunks:
                 yield stored
 
 
-def find_pieces(wants: Wants, chunks: FileChunks, rank: int, begin: int, end: int) -> Iterator[Piece]:
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A box of a chunk, at `offsets` inside it, that goes to `origin` of box `place` of row `row` of a rank's structure."""
+
+    stored: StoredChunk
+    row: int
+    place: int
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    origin: tuple[int, ...]
+
+
+def find_parts(wants: Wants, chunks: FileChunks, rank: int, begin: int, end: int) -> Iterator[Part]:
     """What `rank` wants of bytes `begin` to `end` of the file, in one order on every rank. Both are ends of elements."""
     for stored in chunks.within(begin, end):
-        item, sizes = stored.item_bytes, stored.chunk.sizes
-        strides = element_strides(sizes)
-        byte_strides = tuple(stride * item for stride in strides)
+        item = stored.item_bytes
         first, stop = (begin - stored.begin) // item, (end - stored.begin) // item
         for region in wants.regions(rank, stored.name, stored.chunk):
-            for offsets, extents in clip_box(sizes, region.offsets, region.sizes, first, stop):
-                at = sum(o * stride for o, stride in zip(offsets, strides, strict=True))
+            for offsets, extents in clip_box(stored.chunk.sizes, region.offsets, region.sizes, first, stop):
                 origin = tuple(o - r + to for o, r, to in zip(offsets, region.offsets, region.origin, strict=True))
-                yield Piece(
-                    region.row, region.place, item, stored.begin + at * item - begin, byte_strides, extents, origin
-                )
+                yield Part(stored, region.row, region.place, offsets, extents, origin)
+
+
+def find_pieces(wants: Wants, chunks: FileChunks, rank: int, begin: int, end: int) -> Iterator[Piece]:
+    """As `find_parts`, as they lie in memory that holds these bytes."""
+    for part in find_parts(wants, chunks, rank, begin, end):
+        item = part.stored.item_bytes
+        strides = element_strides(part.stored.chunk.sizes)
+        at = sum(o * stride for o, stride in zip(part.offsets, strides, strict=True))
+        offset = part.stored.begin + at * item - begin
+        byte_strides = tuple(stride * item for stride in strides)
+        yield Piece(part.row, part.place, item, offset, byte_strides, part.sizes, part.origin)
 
 
 def clip_box(

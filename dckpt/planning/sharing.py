@@ -7,7 +7,7 @@ once, because asking a neighbour for one block costs more than reading it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -46,37 +46,44 @@ class _Runs:
     pair_groups: Ints
 
 
-def plan_stripes(wants: Wants, file: int, size: int, chunks: FileChunks, rank: int) -> list[Stripe]:
-    """The stripes of a file of `size` bytes in which `rank` takes part, ascending; none if it reads all it wants itself.
+@dataclass(frozen=True, slots=True)
+class FilePlan:
+    """One rank's part of a file: the stripes that it takes part in, and the byte ranges that it reads alone. Ascending."""
+
+    stripes: tuple[Stripe, ...]
+    alone: tuple[tuple[int, int], ...]
+
+
+def plan_file(wants: Wants, file: int, size: int, chunks: FileChunks, rank: int) -> FilePlan | None:
+    """How `rank` reads what it wants of a file of `size` bytes; None if it shares nothing of it and reads all itself.
 
     Every rank that takes part in a stripe finds it in its own plan.
     """
     if not chunks.is_aligned:
-        return []
+        return None
     runs = _find_runs(wants, chunks)
     if runs is None or not runs.is_shared.any():
-        return []
+        return None
     mine = np.array([rank in wants.group(number) for number in range(wants.num_groups)], dtype=bool)
     my_runs = np.unique(runs.pair_runs[mine[runs.pair_groups]])
     if not runs.is_shared[my_runs].any():
-        return []
+        return None
     lengths = np.where(runs.is_shared, runs.ends - runs.begins, 0)
     # Whose turn it is follows from what is shared before: stripes of one set of ranks then fall evenly on them.
     turns = file + (np.cumsum(lengths) - lengths) // STRIPE_BLOCKS_MIN
-    found: list[Stripe] = []
+    stripes: list[Stripe] = []
     known: dict[bytes, tuple[int, ...]] = {}
     alone: list[tuple[int, int]] = []
     for run in my_runs.tolist():
         begin, end = int(runs.begins[run]), int(runs.ends[run])
-        if not runs.is_shared[run]:
-            alone.append((begin, end))
-            continue
-        takers = _takers(wants, runs, run, rank, known)
-        found += _cut_shared(file, size, begin, end, takers, int(turns[run]))
-    found += [
-        Stripe(file, begin * BLOCK_BYTES, min(end * BLOCK_BYTES, size), rank, (rank,)) for begin, end in _joined(alone)
-    ]
-    return sorted(found, key=lambda stripe: stripe.begin)
+        if runs.is_shared[run]:
+            takers = _takers(wants, runs, run, rank, known)
+            stripes += _cut_shared(file, size, begin, end, takers, int(turns[run]))
+        elif alone and alone[-1][1] == begin * BLOCK_BYTES:
+            alone[-1] = (alone[-1][0], min(end * BLOCK_BYTES, size))
+        else:
+            alone.append((begin * BLOCK_BYTES, min(end * BLOCK_BYTES, size)))
+    return FilePlan(tuple(stripes), tuple(alone))
 
 
 def _takers(wants: Wants, runs: _Runs, run: int, rank: int, known: dict[bytes, tuple[int, ...]]) -> tuple[int, ...]:
@@ -105,19 +112,6 @@ def _cut_shared(file: int, size: int, begin: int, end: int, takers: tuple[int, .
             takers[(turn + number) % len(takers)],
             takers,
         )
-
-
-def _joined(runs: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Ascending runs, neighbours joined, and cut to what is held at once."""
-    at = 0
-    while at < len(runs):
-        begin, end = runs[at]
-        at += 1
-        while at < len(runs) and runs[at][0] == end:
-            end = runs[at][1]
-            at += 1
-        for first in range(begin, end, STRIPE_BLOCKS_MAX):
-            yield first, min(first + STRIPE_BLOCKS_MAX, end)
 
 
 def _find_runs(wants: Wants, chunks: FileChunks) -> _Runs | None:

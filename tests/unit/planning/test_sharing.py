@@ -17,7 +17,7 @@ from dckpt.format.checksum import BLOCK_BYTES
 from dckpt.format.index import Chunk, LayoutIndex
 from dckpt.planning.indexing import RankReport, index_of, report_files
 from dckpt.planning.pieces import FileChunks, StoredChunk, clip_box, find_pieces
-from dckpt.planning.sharing import PEERS_MAX, STRIPE_BLOCKS_MAX, SURPLUS, Stripe, plan_stripes
+from dckpt.planning.sharing import PEERS_MAX, STRIPE_BLOCKS_MAX, SURPLUS, Stripe, plan_file
 from dckpt.planning.structure import Box, Meshes, RankClass, Structure
 from dckpt.planning.wants import Wants
 from tests.unit.planning.test_layout import World, mesh_of
@@ -118,12 +118,15 @@ class Loading:
             order = self.files if rank % 2 else reversed(self.files)
             for file in order:
                 chunks = chunks_of(self.index, file)
-                stripes = plan_stripes(wants, file, len(images[file]), chunks, rank)
+                found = plan_file(wants, file, len(images[file]), chunks, rank)
+                stripes = list(found.stripes) if found is not None else []
                 plan[file] = stripes
-                self._mark_needed(wants, file, chunks, rank, is_direct=not stripes)
-                ranges = [(s.begin, s.end) for s in stripes] or [(0, len(images[file]))]
-                for begin, end in ranges:
+                self._mark_needed(wants, file, chunks, rank, is_direct=found is None)
+                alone = found.alone if found is not None else ((0, len(images[file])),)
+                for begin, end in [*((s.begin, s.end) for s in stripes), *alone]:
                     self._fill(wants, chunks, rank, begin, images[file][begin:end])
+                for begin, end in alone if found is not None else ():
+                    self.block_reads[file][begin // BLOCK_BYTES : -(-end // BLOCK_BYTES)] += 1
                 for stripe in stripes:
                     if stripe.owner == rank:
                         self.block_reads[file][stripe.begin // BLOCK_BYTES : -(-stripe.end // BLOCK_BYTES)] += 1
@@ -231,7 +234,7 @@ def test_elements_that_lie_across_blocks_are_not_shared():
     wants = Wants(classes_of(make_world(2, "plain", [(100_000,)])))
     chunks = FileChunks([StoredChunk("t0", 4, Chunk((0,), (100_000,), 0, 4098))])
 
-    assert plan_stripes(wants, 0, 404_098, chunks, 0) == []
+    assert plan_file(wants, 0, 404_098, chunks, 0) is None
 
 
 def test_a_plan_for_one_rank_of_thousands_needs_only_its_own_file():
@@ -244,11 +247,13 @@ def test_a_plan_for_one_rank_of_thousands_needs_only_its_own_file():
     rows = make_row_structure(shape, table, 200)
     live_classes = [RankClass(Structure(rows), Meshes((table,)), table.ranks)]
     index = index_of_world(world)
-    stripes = plan_stripes(Wants(live_classes), 0, index.file_extent(0), chunks_of(index, 0), 17)
+    found = plan_file(Wants(live_classes), 0, index.file_extent(0), chunks_of(index, 0), 17)
 
+    assert found is not None
     # Parts of 128 KiB have neighbours in every second block: shared, and only with those neighbours.
-    assert all(len(stripe.takers) <= 2 for stripe in stripes)
-    assert 200 * 3 >= len(stripes) >= 200
+    assert all(len(stripe.takers) == 2 for stripe in found.stripes)
+    assert 2 * 200 >= len(found.stripes) >= 200
+    assert len(found.alone) == 200
 
 
 def make_row_structure(shape, table, count):

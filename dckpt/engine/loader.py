@@ -323,7 +323,7 @@ class Loader:
         assert reads is not None
         if reads.is_shared:
             # What the others expect of this rank they get, or hear that they will not; so this comes before anything fails.
-            shared = SharedRead(session, peers.peers, self._topology.world_size, candidate.number)
+            shared = SharedRead(session, peers.peers, self._topology, candidate.number)
             failure = shared.run(reads, candidate.wanted, candidate.files, on_bytes)
             if failure is not None:
                 return failure

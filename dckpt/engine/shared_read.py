@@ -21,6 +21,7 @@ from dckpt.planning.structure import RankClass
 from dckpt.planning.wants import Wants
 from dckpt.ranks.session import Session
 from dckpt.ranks.standing import stand_by
+from dckpt.ranks.topology import Topology
 from dckpt.state.records import RestorePlan
 
 
@@ -86,8 +87,8 @@ def _chunks_of(index: LayoutIndex, file: int) -> FileChunks:
 class SharedRead:
     """Carries out a plan. `run` returns this rank's own failure, after the others have what they expect from it or know."""
 
-    def __init__(self, session: Session, peers: Peers, world_size: int, number: int) -> None:
-        self._session, self._peers, self._world_size, self._number = session, peers, world_size, number
+    def __init__(self, session: Session, peers: Peers, topology: Topology, number: int) -> None:
+        self._session, self._peers, self._topology, self._number = session, peers, topology, number
         self._done = 0
 
     def run(
@@ -116,7 +117,7 @@ class SharedRead:
 
     def _wait(self, exchange: Exchange, is_done: Callable[[float], bool]) -> None:
         work = _Work(self._peers, exchange, lambda: self._done)
-        stand_by(self._session, self._world_size, work, is_done)
+        stand_by(self._session, self._topology, work, is_done)
 
 
 def _attempt(action: Callable[[], None]) -> Exception | None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import base64
 import zlib
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from dckpt.dcp.chunks import Boxes, LocalChunk, local_chunks
+from dckpt.dcp.chunks import LocalChunk, local_chunks
 from dckpt.engine.local_state import describe_tensors
 from dckpt.engine.saved_state import SavedState
 from dckpt.planning.structure import Meshes, RankClass, Structure
@@ -45,8 +45,7 @@ def describe_wanted(saved: SavedState, plan: RestorePlan) -> Wanted:
         for stored, tensor in ((saved.stored_name(name), tensor) for name, tensor in plan.reads)
         if not stored.startswith(RECORD_PREFIX)
     ]
-    known: dict[Hashable, Boxes] = {}
-    chunks = [local_chunks(item.name, item.tensor, known) for item in items]
+    chunks = [local_chunks(item.name, item.tensor) for item in items]
     return Wanted(*describe_tensors(items, chunks), chunks)
 
 

@@ -10,7 +10,8 @@ from dckpt.errors import DckptError
 from dckpt.ranks.client import ContactLostError, NoAnswerError
 from dckpt.ranks.messages import coordinator_lost, peers_failed
 from dckpt.ranks.progress import StallWatch
-from dckpt.ranks.session import SLICE_S, Session
+from dckpt.ranks.session import Session, slice_s
+from dckpt.ranks.topology import Topology
 
 REASON_GRACE_S = 1.0  # a rank that ends its connections says why, a moment later
 
@@ -39,7 +40,7 @@ class Work(Protocol):
         ...
 
 
-def stand_by(session: Session, world_size: int, work: Work, is_done: Callable[[float], bool]) -> None:
+def stand_by(session: Session, topology: Topology, work: Work, is_done: Callable[[float], bool]) -> None:
     """Returns when `is_done(seconds)`, which waits at most that long, is true.
 
     Raises the error in force once any rank aborted the session. Aborts it, with an error that names them, when awaited
@@ -47,9 +48,9 @@ def stand_by(session: Session, world_size: int, work: Work, is_done: Callable[[f
     that wait for each other show signs of life; so each of them finds the one that does not.
     """
     deadline_s = session.deadline_s
-    slice_s = min(SLICE_S, deadline_s / 6)
-    stalls = StallWatch(range(world_size), time.monotonic(), deadline_s)
-    while not is_done(slice_s):
+    pause_s = slice_s(topology, deadline_s)
+    stalls = StallWatch(range(topology.world_size), time.monotonic(), deadline_s)
+    while not is_done(pause_s):
         now = time.monotonic()
         session.raise_if_aborted()
         lost = work.lost()

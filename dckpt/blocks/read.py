@@ -11,7 +11,7 @@ import logging
 import mmap
 import threading
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -106,6 +106,14 @@ def ensure_size(storage: Storage, key: str, entry: FileEntry) -> None:
         )
 
 
+class Memory(Protocol):
+    """Where a read goes."""
+
+    def take(self, size: int) -> memoryview:
+        """A view of `size` bytes."""
+        ...
+
+
 class ReadMemory:
     """Page-aligned memory for one reader that is used again and again: pages touched before cost a tenth of new ones.
 
@@ -183,7 +191,7 @@ class VerifiedFile:
         """Which blocks were not verified yet through this object."""
         return ~self._is_verified
 
-    def read(self, begin: int, end: int, memory: ReadMemory | None = None) -> memoryview:
+    def read(self, begin: int, end: int, memory: Memory | None = None) -> memoryview:
         """Bytes `begin` to `end` of the file, verified. Reads whole blocks: keep the range below some tens of MiB.
 
         With `memory` the result lies in it and holds until its next use; else in memory of its own.

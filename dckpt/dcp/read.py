@@ -73,6 +73,10 @@ class CheckpointFiles:
         while self._open:
             self._open.popitem()[1].close()
 
+    def open(self, number: int) -> VerifiedFile:
+        """Shard file `number` of the index; it stays open until this does, or until `OPEN_FILES_MAX` others are opened."""
+        return self._file(number)
+
     def _file(self, number: int) -> VerifiedFile:
         if number in self._open:
             self._open.move_to_end(number)

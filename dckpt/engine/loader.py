@@ -3,32 +3,31 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from dckpt.blocks.read import ByteTally, read_checked
+from dckpt.blocks.read import ByteTally
 from dckpt.catalog.catalog import Catalog
 from dckpt.catalog.generations import list_generations, read_generation
 from dckpt.dcp.read import CheckpointFiles
-from dckpt.dcp.spans import plan_reads
+from dckpt.engine.heads import Heads
+from dckpt.engine.load_peers import LoadPeers
 from dckpt.engine.refusal import REFUSALS, encode_refusal, raise_refusals
 from dckpt.engine.rng_restore import RngPlan, plan_rng_streams
 from dckpt.engine.saved_state import SavedState
+from dckpt.engine.shared_read import ReadPlan, SharedRead, plan_alone, plan_together
+from dckpt.engine.wanted import RECORD_PREFIX, Wanted, describe_wanted, group_ranks, own_blobs, rank_classes
 from dckpt.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
     DckptError,
     IncompatibleStateError,
-    StorageError,
-    StorageMissingError,
     StorageReadOnlyError,
     from_wire,
     to_wire,
 )
-from dckpt.format.index import parse_index
-from dckpt.format.layout import MANIFEST_NAME, CheckpointId
+from dckpt.format.layout import CheckpointId
 from dckpt.format.manifest import Manifest
 from dckpt.format.values import dump_json, load_json
 from dckpt.planning.records import RNG
@@ -45,7 +44,6 @@ log = logging.getLogger(__name__)
 
 MESSAGE_BYTES_MAX = 2**31
 TRAINING_PARTS = ("optim", "scheduler", "scaler", "data", "progress")
-VISIBLE_WAIT_S = 30.0  # how long a committed manifest may stay hidden behind a client's cached directory (NFS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +71,14 @@ class Loaded:
 class _Candidate:
     """What one rank holds while it looks at one checkpoint."""
 
+    number: int
     name: str
     saved: SavedState
     plan: RestorePlan
     rng: RngPlan
+    wanted: Wanted
     files: CheckpointFiles = field(repr=False)
+    reads: ReadPlan | None = None
 
 
 class Loader:
@@ -86,13 +87,17 @@ class Loader:
     Bytes are read straight into live tensors and verified there. That is sound because nothing trains on them before all
     ranks agreed that every block matched: a block that a second, uncached read gives right is repaired in place, and while
     `poisoned_by` is set no save is taken of what a failed load left behind.
+
+    `shares`: what several ranks want is read by one of them and sent to the others; all ranks must say yes.
     """
 
     def __init__(self, storage: Storage, coordination: Coordination, topology: Topology) -> None:
         self._storage = storage
         self._coordination = coordination
         self._topology = topology
+        self._heads = Heads(storage, topology)
         self._loads = 0
+        self.shares = True
         self.poisoned_by: str | None = None
         self.observed_generation = 0
 
@@ -113,7 +118,8 @@ class Loader:
         self._loads += 1
         session = self._coordination.session(f"load-{self._loads}", what=call, call=call)
         try:
-            return self._load_first(state, session, select, options)
+            with LoadPeers(self._coordination, is_wanted=self.shares) as peers:
+                return self._load_first(state, session, peers, select, options)
         except (KeyboardInterrupt, SystemExit) as interrupt:
             # This process ends; the others learn why instead of waiting for their deadline.
             session.abort(interrupt)
@@ -125,17 +131,22 @@ class Loader:
         self,
         state: TrainState,
         session: Session,
+        peers: LoadPeers,
         select: Callable[[Catalog], list[CheckpointId]],
         options: LoadOptions,
     ) -> Loaded | None:
-        found = _parse(session.exchange("find", b"", lambda _: dump_json(self._find(select, options))))
+        def find(offers: list[bytes]) -> bytes:
+            return dump_json({**self._find(select, options), "peers": peers.introduce(offers)})
+
+        found = _parse(session.exchange("find", peers.offer(), find))
+        peers.meet(found["peers"])
         self.observed_generation = found["observed"]
         if found["names"] is None:
             return None
         damaged: list[tuple[str, DckptError]] = []
         for number, name in enumerate(found["names"]):
             announced = found["first"] if number == 0 else self._hear_of(session, number, name)
-            outcome = self._load_one(state, session, number, name, announced, options)
+            outcome = self._load_one(state, session, peers, number, name, announced, options)
             if isinstance(outcome, LoadResult):
                 self.poisoned_by = None
                 result = replace(outcome, damaged=tuple(name for name, _ in damaged))
@@ -170,10 +181,10 @@ class Loader:
                 "new root to start again."
             )
         names = [item.name for item in candidates]
-        return {"names": names, "observed": observed, "first": self._announce(names[0])}
+        return {"names": names, "observed": observed, "first": self._heads.announce(names[0])}
 
     def _hear_of(self, session: Session, number: int, name: str) -> dict[str, Any]:
-        return _parse(session.exchange(f"manifest-{number}", b"", lambda _: dump_json(self._announce(name))))
+        return _parse(session.exchange(f"manifest-{number}", b"", lambda _: dump_json(self._heads.announce(name))))
 
     def _never_committed(self) -> bool:
         """True if no generation continues a checkpoint: the run died before its first commit, or never began.
@@ -187,6 +198,7 @@ class Loader:
         self,
         state: TrainState,
         session: Session,
+        peers: LoadPeers,
         number: int,
         name: str,
         announced: dict[str, Any],
@@ -194,14 +206,17 @@ class Loader:
     ) -> LoadResult | CorruptCheckpointError:
         if "corrupt" in announced:
             return _corrupt(announced)
-        candidate, failure = self._open(state, name, announced["sha256"], options)
+        candidate, failure = self._open(state, peers, number, name, announced["sha256"], options)
         try:
             verdict = self._vote(session, f"fit-{number}", _fit_payload(candidate, options), failure, _decide_fit)
             if "corrupt" in verdict:
                 return _corrupt(verdict)
             assert candidate is not None
+            verdict = self._plan_reads(session, peers, candidate, verdict["classes"])
+            if "corrupt" in verdict:
+                return _corrupt(verdict)
             self.poisoned_by = name  # from here on live tensors change
-            failure = self._read(session, candidate)
+            failure = self._read(session, peers, candidate)
             verdict = self._vote(session, f"read-{number}", {}, failure, _decide_corrupt)
             if "corrupt" in verdict:
                 return _corrupt(verdict)
@@ -227,46 +242,13 @@ class Loader:
             bytes_read=candidate.files.tally.total,
         )
 
-    def _announce(self, name: str) -> dict[str, Any]:
-        """On the coordinator: the digest of the manifest that all ranks are to read, or its damage."""
-        try:
-            _, sha256 = self._read_confirmed(name)
-        except CorruptCheckpointError as error:
-            return {"corrupt": to_wire(error)}
-        except StorageMissingError as error:
-            if MANIFEST_NAME in {entry.name for entry in self._storage.list_dir(name)}:
-                raise  # Listed, yet it cannot be opened (a stale handle): storage trouble, no proof of damage.
-            # The directory is there and holds no manifest: what is not whole is damaged, not absent.
-            corrupt = CorruptCheckpointError(
-                f"{self._storage.locate(name)}: expected manifest.json, found none. The checkpoint is damaged; use an "
-                "older step.",
-                key=f"{name}/manifest.json",
-                field="manifest",
-            )
-            log.debug("no manifest in %s", name, exc_info=error)
-            return {"corrupt": to_wire(corrupt)}
-        return {"sha256": sha256}
-
-    def _read_confirmed(self, name: str) -> tuple[Manifest, str]:
-        """The manifest and its digest; damage counts only when a second read, past the page cache, sees it too."""
-        catalog = Catalog(self._storage)
-        try:
-            return catalog.read_manifest(name)
-        except CorruptCheckpointError as error:
-            found = catalog.read_manifest(name, uncached=True)
-            log.warning("%s A second, uncached read was right: memory or the page cache was not.", error)
-            return found
-
     def _open(
-        self, state: TrainState, name: str, sha256: str, options: LoadOptions
+        self, state: TrainState, peers: LoadPeers, number: int, name: str, sha256: str, options: LoadOptions
     ) -> tuple[_Candidate | None, Exception | None]:
         try:
-            manifest = self._read_manifest(name, sha256)
             tally = ByteTally()
-            index = parse_index(
-                read_checked(self._storage, name, manifest.index_entry, tally=tally),
-                key=f"{name}/{manifest.index_entry.path}",
-            )
+            manifest = self._heads.read_manifest(peers, number, name, sha256)
+            index = self._heads.read_index(peers, number, name, manifest, tally)
             files = CheckpointFiles(self._storage, name, manifest, index, tally)
             saved = SavedState(
                 manifest,
@@ -281,7 +263,8 @@ class Loader:
                 allow_unexpected=options.allow_unexpected,
                 cast=options.cast,
             )
-            return _Candidate(name, saved, plan, self._plan_rng(state, saved, options), files), None
+            rng = self._plan_rng(state, saved, options)
+            return _Candidate(number, name, saved, plan, rng, describe_wanted(saved, plan), files), None
         except Exception as error:  # noqa: BLE001 - it travels to all ranks, which raise it together
             return None, error
 
@@ -303,29 +286,32 @@ class Loader:
             return RngPlan({}, {})
         return plan_rng_streams(state, saved, state.coordinates() or {"rank": self._topology.rank})
 
-    def _read_manifest(self, name: str, sha256: str) -> Manifest:
-        """The manifest that the coordinator announced; waits a while for it to become visible on this node."""
-        limit = time.monotonic() + VISIBLE_WAIT_S
-        pause = 0.05
-        while True:
-            try:
-                manifest, found = self._read_confirmed(name)
-            except StorageMissingError:
-                if self._topology.is_coordinator or time.monotonic() > limit:
-                    raise
-                time.sleep(pause)
-                pause = min(2 * pause, 2.0)
-                continue
-            if found != sha256:
-                # Both are whole: no damage, and an older step would not mend it.
-                raise StorageError(
-                    f"{self._storage.locate(name)}/manifest.json: expected sha256 {sha256} as rank 0 reads it, found "
-                    f"{found} on rank {self._topology.rank}. The ranks see different storage; mount the same one everywhere.",
-                    key=f"{name}/manifest.json",
-                )
-            return manifest
+    def _plan_reads(
+        self, session: Session, peers: LoadPeers, candidate: _Candidate, classes: list[Any]
+    ) -> dict[str, Any]:
+        """Every rank plans what it reads; what they want is told to all first, if they are not alike. Touches nothing live."""
+        saved, plan, number, rank = candidate.saved, candidate.plan, candidate.number, self._topology.rank
+        if not peers.is_on:
+            candidate.reads = plan_alone(saved, plan)
+            return {}
+        blobs: dict[str, str] = {}
+        if len(classes) > 1:
+            own = dump_json(own_blobs(candidate.wanted, classes, rank), limit=MESSAGE_BYTES_MAX)
 
-    def _read(self, session: Session, candidate: _Candidate) -> Exception | None:
+            def merge(payloads: list[bytes]) -> bytes:
+                merged = {key: text for data in payloads for key, text in _parse(data).items()}
+                return dump_json(merged, limit=MESSAGE_BYTES_MAX)
+
+            blobs = _parse(session.exchange(f"wants-{number}", own, merge))
+        failure = None
+        try:
+            found = rank_classes(candidate.wanted, classes, blobs)
+            candidate.reads = plan_together(saved, plan, candidate.wanted, found, rank)
+        except Exception as error:  # noqa: BLE001 - it travels to all ranks, which raise it together
+            failure = error
+        return self._vote(session, f"plan-{number}", {}, failure, _decide_corrupt)
+
+    def _read(self, session: Session, peers: LoadPeers, candidate: _Candidate) -> Exception | None:
         done = 0
 
         def on_bytes(count: int) -> None:
@@ -333,15 +319,22 @@ class Loader:
             done += count
             session.beat(done)
 
-        saved = candidate.saved
+        saved, reads = candidate.saved, candidate.reads
+        assert reads is not None
+        if reads.is_shared:
+            # What the others expect of this rank they get, or hear that they will not; so this comes before anything fails.
+            shared = SharedRead(session, peers.peers, self._topology, candidate.number)
+            failure = shared.run(reads, candidate.wanted, candidate.files, on_bytes)
+            if failure is not None:
+                return failure
         try:
-            targets = ((saved.stored_name(name), tensor) for name, tensor in candidate.plan.reads)
-            candidate.files.read_boxes(plan_reads(targets, saved.index), on_bytes)
+            if not reads.is_shared:
+                candidate.files.read_boxes(reads.direct, on_bytes)
             wanted = {saved.stored_name(name) for name, _ in candidate.plan.reads}
             world, rank = self._topology.world_size, self._topology.rank
             for number in range(rank, len(saved.index.files), world):
                 # Per-rank records are read by one rank only, so they count as unread for everybody's share.
-                candidate.files.verify_rest(number, lambda n: n in wanted and not n.startswith("rank."), on_bytes)
+                candidate.files.verify_rest(number, lambda n: n in wanted and not n.startswith(RECORD_PREFIX), on_bytes)
         except Exception as error:  # noqa: BLE001 - it travels to all ranks, which raise it together
             return error
         return None
@@ -398,7 +391,8 @@ def _fit_payload(candidate: _Candidate | None, options: LoadOptions) -> dict[str
         if part in TRAINING_PARTS
     ]
     wanted = frozenset(part for part in candidate.saved.parts if part not in candidate.plan.skipped_parts)
-    return {"differences": [*candidate.plan.differences, *left_out, *candidate.saved.refusals(wanted)]}
+    differences = [*candidate.plan.differences, *left_out, *candidate.saved.refusals(wanted)]
+    return {"differences": differences, "wants": candidate.wanted.keys}
 
 
 def _decide_corrupt(payloads: list[dict[str, Any]]) -> dict[str, Any]:
@@ -418,7 +412,7 @@ def _decide_fit(payloads: list[dict[str, Any]]) -> dict[str, Any]:
             "allow_missing=[...], allow_unexpected=[...], cast=...).",
             differences=differences,
         )
-    return {}
+    return {"classes": group_ranks([payload["wants"] for payload in payloads])}
 
 
 def _all_damaged(root: str, damaged: list[tuple[str, DckptError]]) -> CorruptCheckpointError:

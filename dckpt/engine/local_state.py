@@ -81,10 +81,17 @@ def _describe(
     signature = tuple(_signature(item, held) for item, held in zip(tensors, chunks, strict=True))
     if before is not None and before.signature == signature:
         return before
+    return Described(signature, *describe_tensors(tensors, chunks))
+
+
+def describe_tensors(
+    tensors: Sequence[NamedTensor], chunks: Sequence[Sequence[LocalChunk]]
+) -> tuple[Structure, Meshes]:
+    """How the tensors are cut; `chunks[i]`: what this rank holds of tensor i."""
     meshes: dict[MeshTable, int] = {}
     tables: dict[DeviceMesh, MeshTable] = {}
     rows = tuple(_row(item, held, meshes, tables) for item, held in zip(tensors, chunks, strict=True))
-    return Described(signature, Structure(rows), Meshes(tuple(meshes)))
+    return Structure(rows), Meshes(tuple(meshes))
 
 
 def _signature(item: NamedTensor, chunks: Sequence[LocalChunk]) -> Hashable:

@@ -274,6 +274,31 @@ class LayoutIndex:
             for row, begin, end in zip(table.rows.tolist(), table.begins.tolist(), table.ends.tolist(), strict=True)
         ]
 
+    def located_chunks(self, file: int) -> list[tuple[str, int, Chunk]]:
+        """(tensor name, bytes of an element, chunk) of the chunks in one file, ascending by where they begin."""
+        table = self._table(file)
+        assert self._by_file is not None, "made with the table"
+        boxes = {
+            int(self._placed.owner[chunk]): self._listed_box(chunk) for chunk in self._by_file.listed(file).tolist()
+        }
+        cells = dict(self._by_file.cells(file))
+        found = []
+        for row, begin in zip(table.rows.tolist(), table.begins.tolist(), strict=True):
+            grid = int(self.columns["grid"][row])
+            if grid < 0:
+                offsets, sizes = boxes[row]
+            else:
+                levels = self._placed.grid_levels[grid]
+                place = grids.cell_place(grids.parts_of(levels), cells[grid])
+                offsets, sizes = grids.cell_box(self._shape(row), levels, place)
+            item_bytes = int(self._placed.item_bytes[row])
+            found.append((self._names[row], item_bytes, Chunk(offsets, sizes, file=file, begin=begin)))
+        return found
+
+    def _listed_box(self, chunk: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        begin, end = self._placed.box_begins[chunk : chunk + 2].tolist()
+        return tuple(self.columns["offsets"][begin:end].tolist()), tuple(self.columns["sizes"][begin:end].tolist())
+
     def file_extent(self, file: int) -> int:
         """Where the last chunk of a file ends: the size it must have (0: no chunk in it)."""
         table = self._table(file)

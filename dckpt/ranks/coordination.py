@@ -32,6 +32,7 @@ from dckpt.ranks.client import (
     StoreLink,
     poll,
 )
+from dckpt.ranks.hosts import own_hosts
 from dckpt.ranks.session import Session
 from dckpt.ranks.topology import Topology
 
@@ -53,8 +54,18 @@ _TOKEN_KEY = "token"  # tells our server from another one at a stale address; it
 class Coordination:
     """This rank's end of the store. Made by `connect` on every rank; `close` it on every rank."""
 
-    def __init__(self, link: Link, topology: Topology, deadline_s: float, server: Any = None) -> None:
+    def __init__(
+        self,
+        link: Link,
+        topology: Topology,
+        deadline_s: float,
+        server: Any = None,
+        hosts: Sequence[str] = (),
+    ) -> None:
         self.topology = topology
+        self.hosts = tuple(hosts)
+        """Under which names other hosts can reach this rank's, the best first."""
+        self.deadline_s = deadline_s
         self._link = link
         self._deadline_s = deadline_s
         self._server = server
@@ -87,12 +98,13 @@ class Coordination:
             if not topology.is_coordinator:
                 link = rendezvous.join()
                 _warm_up(link)
-                return cls(link, topology, deadline_s)
+                return cls(link, topology, deadline_s, hosts=own_hosts(rendezvous.server_host))
             _allow_connections(topology.world_size)
             server = rendezvous.serve()
             link = StoreLink(lambda: _client(LOCALHOST, server.port, deadline_s))
             _warm_up(link)
-            return cls(link, topology, deadline_s, server)
+            hosts = own_hosts(rendezvous.server_host, is_named=True)
+            return cls(link, topology, deadline_s, server, hosts)
         finally:
             rendezvous.close()
 
@@ -249,6 +261,8 @@ class _Rendezvous:
         self._store = store
         self._link = StoreLink(lambda: store)
         self._scope, self._group, self._deadline_s = scope, group, deadline_s
+        self.server_host: str | None = None
+        """Where rank 0's server was found, or on rank 0 where the others look for it."""
         self._prefix = f"dckpt/{scope}" if group is None else f"dckpt/{scope}/{group.group_name}"
         # Counted in the store itself: a process that joins a new process group starts anew with everyone else.
         self._uses_key = f"{self._prefix}/uses/{topology.rank}"
@@ -270,7 +284,8 @@ class _Rendezvous:
             reason = messages.sentence(error)
             self._publish({"failed": reason})
             raise ConfigError(f"Checkpointer for {self._scope}: rank 0 could not start its store: {reason}") from error
-        hosts = [self._store_host(), LOCALHOST, socket.gethostname()]
+        self.server_host = self._store_host()
+        hosts = [self.server_host, LOCALHOST, socket.gethostname()]
         self._publish(
             {
                 "hosts": [host for host in hosts if host],
@@ -320,6 +335,7 @@ class _Rendezvous:
             share_s = max(0.5, (end - time.monotonic()) / (len(hosts) - number))
             link = _try_host(host, port, token, self._deadline_s, min(share_s, CONNECT_S), refusals)
             if link is not None:
+                self.server_host = host
                 return link
         raise PeerFailedError(
             f"Checkpointer for {self._scope}: the coordinator (rank 0) cannot be reached at port {port} of "

@@ -92,13 +92,13 @@ class Session:
         self.error: DckptError | None = None
         """The error in force, once this rank aborted the session or heard of its abort: the same on every rank."""
         self._link, self._topology, self._prefix = link, topology, prefix
-        self._call, self._deadline_s, self._total_s = call, deadline_s, total_s
-        self._consequence = consequence
+        self._call, self.deadline_s, self._total_s = call, deadline_s, total_s
+        self.consequence = consequence
         self._opened_at = time.monotonic()
         self._slice_s = slice_s(topology, deadline_s)
         self._heartbeat = Heartbeat(deadline_s, topology.world_size)
         self._number = 0
-        self._phase = "start"
+        self.phase = "start"
         self._committing_seen = False
         self._payload_may_be_there = False
         self._verdict_key, self._joined_key = f"{prefix}/verdict", f"{prefix}/joined"
@@ -118,16 +118,16 @@ class Session:
         to the following number. A rank that is only late finds its own subject and hears the error of the others. Asked
         at the beginning of the first `phase`; raises as its exchange does when the store cannot be reached.
         """
-        self._phase = phase
+        self.phase = phase
 
         def claim(store: RawStore) -> bool:
             first = store.compare_set(self._subject_key, "", subject).decode("utf-8")
             return is_abort(self._read_verdict(store)) and first != subject
 
         try:
-            return self._link.call(claim, self._deadline_s)
+            return self._link.call(claim, self.deadline_s)
         except ContactLostError:
-            self._close_with(messages.coordinator_lost(self.what, phase, self._consequence))
+            self._close_with(messages.coordinator_lost(self.what, phase, self.consequence))
         except NoAnswerError:
             try:
                 self._give_up_on_silence()
@@ -155,7 +155,7 @@ class Session:
         names all failed ranks. Missing ranks: `CoordinationTimeoutError`, named, on every rank that came. A `DckptError`
         of `decide` is raised on every rank with its type and message. Any of these aborts the session.
         """
-        self._phase = phase
+        self.phase = phase
         self._number += 1
         keys = ExchangeKeys(self._prefix, self._number, phase)
         with self._lock:
@@ -187,7 +187,7 @@ class Session:
             result = self._await_door(keys.door, keys.result)
         except ContactLostError:
             self.outcome_is_open = self._payload_may_be_there
-            raise AbortedError(messages.coordinator_lost(self.what, self._phase, self._consequence)) from None
+            raise AbortedError(messages.coordinator_lost(self.what, self.phase, self.consequence)) from None
         except NoAnswerError:
             # A payload that is still on its way arrives when the coordinator continues.
             self.outcome_is_open = error is None and not self._topology.is_coordinator
@@ -212,7 +212,7 @@ class Session:
                 store.set(keys.all, b"1")
             return self._read_verdict(store)
 
-        self._raise_abort(self._link.call(post, self._deadline_s))
+        self._raise_abort(self._link.call(post, self.deadline_s))
 
     def _gather_and_decide(
         self,
@@ -228,14 +228,14 @@ class Session:
                 rank: messages.failure_from_bytes(record[1:]) for rank, record in records.items() if record[:1] == ERROR
             }
             if failures:
-                self._abort_with(messages.peers_failed(self.what, self._phase, failures, self._consequence))
+                self._abort_with(messages.peers_failed(self.what, self.phase, failures, self.consequence))
             result = self._decide(decide, [records[rank][1:] for rank in sorted(records)])
             self._raise_abort(
-                self._link.call(lambda store: self._announce_result(store, keys, result), self._deadline_s)
+                self._link.call(lambda store: self._announce_result(store, keys, result), self.deadline_s)
             )
         except AbortedError as aborted:
             text = messages.error_to_text(aborted.error).encode("ascii")
-            self._link.call(lambda store: self._announce_error(store, keys, text), self._deadline_s)
+            self._link.call(lambda store: self._announce_error(store, keys, text), self.deadline_s)
             raise
         return result
 
@@ -257,14 +257,14 @@ class Session:
             self._abort_with(error, cause=error)
         except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must hear of it
             failure = (type(error).__name__, messages.sentence(error))
-            shared = messages.peers_failed(self.what, self._phase, {0: failure}, self._consequence)
+            shared = messages.peers_failed(self.what, self.phase, {0: failure}, self.consequence)
             self._abort_with(shared, cause=error)
 
     def _gather(self, keys: ExchangeKeys) -> dict[int, bytes]:
         """All ranks' records; only those that arrived when one of them is a failure. Raises when ranks do not come."""
         world = self._topology.world_size
         everyone = range(world)
-        stalls = StallWatch(everyone, time.monotonic(), self._deadline_s)
+        stalls = StallWatch(everyone, time.monotonic(), self.deadline_s)
         watch = self._link.watch(keys.all)
         woken, failed_at = False, None
         warn_at = time.monotonic() + WARN_AFTER_S
@@ -274,7 +274,7 @@ class Session:
             else:
                 woken = watch.wait(self._slice_s)
             now = time.monotonic()
-            arrived, verdict = self._link.call(lambda store: self._look_at_arrivals(store, keys), self._deadline_s)
+            arrived, verdict = self._link.call(lambda store: self._look_at_arrivals(store, keys), self.deadline_s)
             self._raise_abort(verdict)
             if len(arrived) == world:
                 break
@@ -284,17 +284,17 @@ class Session:
                 log.warning("%s: still waiting for %s; every rank must call %s", self.what, named, self._call)
             if any(arrived.values()):
                 failed_at = now if failed_at is None else failed_at
-                if now - failed_at >= min(ERROR_GRACE_S, self._deadline_s / 3):
+                if now - failed_at >= min(ERROR_GRACE_S, self.deadline_s / 3):
                     break
             missing = [rank for rank in everyone if rank not in arrived]
-            self._tick(now)
-            stalls.observe(self._read_ticks(missing), now)
+            self.tick(now)
+            stalls.observe(self.read_ticks(missing), now)
             late = stalls.stalled(missing, now)
             if late:
-                self._abort_with(self._late_error(late))
+                self._abort_with(self.late_error(late))
             if self._total_s is not None and now - self._opened_at >= self._total_s:
                 self._abort_with(
-                    messages.total_exceeded(self.what, self._phase, missing, self._total_s, self._consequence)
+                    messages.total_exceeded(self.what, self.phase, missing, self._total_s, self.consequence)
                 )
         return self._read_records(keys, sorted(rank for rank in arrived if arrived[rank] or len(arrived) == world))
 
@@ -306,10 +306,10 @@ class Session:
             found = store.multi_get(names) if store.check(names) else []
             return found, self._read_verdict(store)
 
-        found, verdict = self._link.call(read, self._deadline_s)
+        found, verdict = self._link.call(read, self.deadline_s)
         if not found:
             self._raise_abort(verdict)
-            self._abort_with(self._late_error(ranks))
+            self._abort_with(self.late_error(ranks))
         return dict(zip(ranks, found, strict=True))
 
     def _look_at_arrivals(self, store: RawStore, keys: ExchangeKeys) -> tuple[dict[int, bool], str]:
@@ -318,7 +318,8 @@ class Session:
         marks = text.split(",")[:-1]
         return {int(mark.rstrip("!")): mark.endswith("!") for mark in marks}, self._read_verdict(store)
 
-    def _read_ticks(self, ranks: Sequence[int]) -> dict[int, int]:
+    def read_ticks(self, ranks: Sequence[int]) -> dict[int, int]:
+        """The heartbeat counter of each of `ranks`."""
         names = [self._beat_key(rank) for rank in ranks]
 
         def read(store: RawStore) -> list[bytes]:
@@ -329,16 +330,16 @@ class Session:
                     self._written += names
             return store.multi_get(names)
 
-        found = self._link.call(read, self._deadline_s)
+        found = self._link.call(read, self.deadline_s)
         return {rank: int(value) for rank, value in zip(ranks, found, strict=True)}
 
-    def _late_error(self, ranks: list[int]) -> CoordinationTimeoutError:
-        """Tells ranks that never opened the session from ranks that stand still in it."""
+    def late_error(self, ranks: list[int]) -> CoordinationTimeoutError:
+        """The error for ranks that do not come. Tells ranks that never opened the session from ranks that stand still in it."""
 
         def read(store: RawStore) -> bytes:
             return store.get(self._joined_key) if store.check([self._joined_key]) else b""
 
-        text = self._link.call(read, self._deadline_s).decode("ascii")
+        text = self._link.call(read, self.deadline_s).decode("ascii")
         joined = {int(mark) for mark in text.split(",")[:-1]} | {self._topology.rank}
         absent = [rank for rank in ranks if rank not in joined]
         if absent and not self._topology.is_coordinator:
@@ -346,12 +347,12 @@ class Session:
             absent = [rank for rank in range(self._topology.world_size) if rank not in joined]
         return messages.ranks_late(
             self.what,
-            self._phase,
+            self.phase,
             absent=absent,
             stalled=[rank for rank in ranks if rank not in absent],
             call=self._call,
-            deadline_s=self._deadline_s,
-            consequence=self._consequence,
+            deadline_s=self.deadline_s,
+            consequence=self.consequence,
         )
 
     # -- waiting for the coordinator -----------------------------------------------------------------------------
@@ -365,18 +366,18 @@ class Session:
             record = store.get(door) if store.check([door]) else SEE_VERDICT
             return record, store.get(large) if record == LARGE else b"", self._read_verdict(store)
 
-        record, large_value, verdict = self._link.call(read, self._deadline_s)
+        record, large_value, verdict = self._link.call(read, self.deadline_s)
         kind = record[:1]
         if kind == ERROR:
             raise AbortedError(messages.error_from_text(record[1:].decode("ascii")))
         if kind == SEE_VERDICT:
             self._raise_abort(verdict)
-            raise AbortedError(self._late_error([0]))
+            raise AbortedError(self.late_error([0]))
         return large_value if kind == LARGE else record[1:]
 
     def _wait_open(self, watch: Watch, door: str) -> None:
         """Returns when `door` is open. Raises the error in force, or makes one when the coordinator stands still."""
-        stalls = StallWatch([0], time.monotonic(), self._deadline_s)
+        stalls = StallWatch([0], time.monotonic(), self.deadline_s)
         while not watch.wait(self._slice_s):
             # Taken before looking: time that passes while this process is stopped is not held against rank 0.
             now = time.monotonic()
@@ -390,9 +391,9 @@ class Session:
                 self._raise_abort(verdict)
             stalls.observe({0: tick}, now)
             if stalls.stalled([0], now):
-                error: DckptError = self._late_error([0])
+                error: DckptError = self.late_error([0])
             elif self._total_s is not None and now - self._opened_at >= self._total_s + 2 * SLICE_S:
-                error = messages.total_exceeded(self.what, self._phase, [0], self._total_s, self._consequence)
+                error = messages.total_exceeded(self.what, self.phase, [0], self._total_s, self.consequence)
             else:
                 continue
             try:
@@ -409,7 +410,7 @@ class Session:
         self._link.post(lambda store: store.compare_set(door, "", SEE_VERDICT.decode("ascii")))
 
     def _give_up_on_silence(self) -> NoReturn:
-        error = messages.coordinator_silent(self.what, self._phase, self._deadline_s, self._consequence)
+        error = messages.coordinator_silent(self.what, self.phase, self.deadline_s, self.consequence)
         text = messages.error_to_text(error)
         # Takes effect when the store answers again: a coordinator that was only stopped finds the abort.
         self._link.post(lambda store: store.compare_set(self._verdict_key, "", text))
@@ -422,7 +423,8 @@ class Session:
         if self._heartbeat.due(progress, time.monotonic()):
             self._post_beat()
 
-    def _tick(self, now: float) -> None:
+    def tick(self, now: float) -> None:
+        """A beat of a rank whose only work is to wait for others."""
         if self._heartbeat.tick(now):
             self._post_beat()
 
@@ -455,7 +457,7 @@ class Session:
 
         Raises the error of the abort when one came first.
         """
-        self._phase = _COMMIT_PHASE
+        self.phase = _COMMIT_PHASE
         text = self._guarded(lambda store: self._set_verdict(store, COMMITTING))
         if text != COMMITTING:
             self.is_closed = True
@@ -473,7 +475,7 @@ class Session:
         else:
             failure = (type(error).__name__, messages.sentence(error))
             failures = {self._topology.rank: failure}
-            shared = messages.peers_failed(self.what, phase or self._phase, failures, self._consequence)
+            shared = messages.peers_failed(self.what, phase or self.phase, failures, self.consequence)
         try:
             self._abort_with(shared)
         except AbortedError as aborted:
@@ -487,10 +489,10 @@ class Session:
         """Sets the verdict to `error` and raises what is in force: an earlier abort wins."""
         text = messages.error_to_text(error)
         try:
-            in_force = self._link.call(lambda store: self._set_verdict(store, text), min(self._deadline_s, 1.0))
+            in_force = self._link.call(lambda store: self._set_verdict(store, text), min(self.deadline_s, 1.0))
         except (ContactLostError, NoAnswerError):
             in_force = text
-            self.outcome_is_open = self._phase == _COMMIT_PHASE or self._payload_may_be_there
+            self.outcome_is_open = self.phase == _COMMIT_PHASE or self._payload_may_be_there
         if in_force == COMMITTING:
             self.outcome_is_open = True
         # When committing is in force the session cannot be aborted, and this rank's error is its own.
@@ -515,11 +517,11 @@ class Session:
 
     def _guarded(self, operation: Callable[[RawStore], str]) -> str:
         try:
-            return self._link.call(operation, self._deadline_s)
+            return self._link.call(operation, self.deadline_s)
         except ContactLostError:
-            raise messages.coordinator_lost(self.what, self._phase, self._consequence) from None
+            raise messages.coordinator_lost(self.what, self.phase, self.consequence) from None
         except NoAnswerError:
-            raise messages.coordinator_silent(self.what, self._phase, self._deadline_s, self._consequence) from None
+            raise messages.coordinator_silent(self.what, self.phase, self.deadline_s, self.consequence) from None
 
     # -- the conclusion ------------------------------------------------------------------------------------------
 
@@ -545,7 +547,7 @@ class Session:
         Raises the error of an abort. When the coordinator is lost or stands still: ("unknown", b"") if the save was
         committing, else the session is aborted and the named error raised (see `outcome_is_open`).
         """
-        self._phase = _COMMIT_PHASE
+        self.phase = _COMMIT_PHASE
         try:
             return self._await_conclusion()
         except AbortedError as aborted:
@@ -558,7 +560,7 @@ class Session:
         try:
             if not self._committing_seen:
                 self._wait_open(self._link.watch(self._commit_door), self._commit_door)
-                verdict = self._link.call(self._read_verdict, self._deadline_s)
+                verdict = self._link.call(self._read_verdict, self.deadline_s)
                 self._raise_abort(verdict)
             record = self._await_door(self._done_door, f"{self._done_door}/detail")
         except (ContactLostError, NoAnswerError) as trouble:
@@ -566,9 +568,9 @@ class Session:
                 return "unknown", b""
             self.outcome_is_open = True
             if isinstance(trouble, NoAnswerError):
-                self._consequence = consequence
+                self.consequence = consequence
                 self._give_up_on_silence()
-            lost = messages.coordinator_lost(self.what, self._phase, consequence)
+            lost = messages.coordinator_lost(self.what, self.phase, consequence)
             raise AbortedError(lost) from None
         except AbortedError:
             if self._committing_seen:

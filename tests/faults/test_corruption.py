@@ -268,7 +268,7 @@ def test_resume_raises_when_every_candidate_is_damaged_and_saves_are_refused_the
 
 @pytest.mark.parametrize(
     ("suffix", "at_rank"),
-    [("rank00001.safetensors", 1), ("rank00000.safetensors", 0), (".sums", 1), (".index", 1), ("manifest.json", 0)],
+    [("rank00001.safetensors", 1), ("rank00000.safetensors", 0), (".sums", 1), (".index", 0), ("manifest.json", 0)],
 )
 def test_an_error_of_the_storage_is_raised_on_all_ranks_and_does_not_walk_back(ranks, run, suffix, at_rank):
     results = ranks.run(resume_with_faults, 2, str(run), "fsdp", (suffix, "eio", 10**9), at_rank)
@@ -286,8 +286,9 @@ def test_an_error_of_the_storage_is_raised_on_all_ranks_and_does_not_walk_back(r
 @pytest.mark.parametrize(
     ("suffix", "at_rank"),
     [
-        *(("rank00001.safetensors", 1), ("rank00000.safetensors", 1), (".sums", 0), (".index", 1)),
-        *(("manifest.json", 0), ("manifest.json", 1), ("000001.json", 0)),
+        *(("rank00001.safetensors", 1), ("rank00000.safetensors", 0), (".sums", 0), (".sums", 1)),
+        # The others hear of these from rank 0.
+        *((".index", 0), ("manifest.json", 0), ("000001.json", 0)),
     ],
 )
 def test_a_first_read_that_a_second_uncached_one_contradicts_is_no_damage(ranks, made, run, suffix, at_rank):

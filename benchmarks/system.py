@@ -12,6 +12,9 @@ from typing import Any
 
 from benchmarks.world import World
 
+READ_BYTES = 4 * 2**20
+"""One read into the page cache."""
+
 
 def files_of(directory: Path) -> Iterator[Path]:
     """Every regular file below the directory."""
@@ -33,6 +36,18 @@ def forget(world: World, directory: Path) -> None:
                 os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
             finally:
                 os.close(fd)
+    world.barrier()
+
+
+def remember(world: World, directory: Path) -> None:
+    """Has the page cache of each node hold the directory's files: a load that reads around the cache leaves none there."""
+    world.barrier()
+    if world.local_rank == 0:
+        piece = bytearray(READ_BYTES)
+        for path in files_of(directory):
+            with path.open("rb", buffering=0) as file:
+                while file.readinto(piece):
+                    pass
     world.barrier()
 
 

@@ -21,7 +21,7 @@ from benchmarks.contenders.torch_checkpointing import NAME, NOTE, Manager
 from benchmarks.raw import RawFile
 from benchmarks.series import Entrant
 from benchmarks.states import State
-from benchmarks.system import Counted, counted, forget
+from benchmarks.system import Counted, counted, forget, remember
 from benchmarks.turns import Contender
 from benchmarks.world import World
 
@@ -36,6 +36,7 @@ def cold_and_warm(world: World, directory: Path, load: Load, *, is_counted: bool
     forget(world, directory)
     moved: list[Counted] = []
     cold_s = world.timed(lambda: moved.append(load()))
+    remember(world, directory)
     warm_s = world.timed(lambda: moved.append(load()))
     found = {"cold_s": cold_s, "warm_s": warm_s, "device_bytes": world.total(moved[0].device_bytes)}
     return found | ({"read_bytes": world.total(moved[1].read_bytes)} if is_counted else {})

@@ -54,7 +54,11 @@ def test_forgotten_files_are_read_from_the_device_again(tmp_path):
     warm = system.counted(path.read_bytes)
     system.forget(Alone(), tmp_path)
     cold = system.counted(path.read_bytes)
+    system.forget(Alone(), tmp_path)
+    system.remember(Alone(), tmp_path)
+    again = system.counted(path.read_bytes)
 
+    assert again.device_bytes < MIB
     assert warm.read_bytes >= 4 * MIB and cold.read_bytes >= 4 * MIB
     assert warm.device_bytes < MIB
     assert cold.device_bytes >= 4 * MIB or system_is_in_memory(tmp_path)

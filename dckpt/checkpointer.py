@@ -240,12 +240,19 @@ class Checkpointer:
         return pending
 
     def _wait_blocking(self, pending: PendingSave) -> None:
+        """The files are written from the live state, which may change once this call has ended: so it ends with the save."""
         try:
             pending.wait()
-        except BaseException as interrupt:
-            # The files are written from the live state, which may change once this call has ended.
-            if self._job is not None and self._job.pending is pending:
-                self._job.session.abort(interrupt, phase="write")
+        except BaseException:
+            log.warning(
+                "interrupted: the save of step %d is finished first; interrupt again to give it up", pending.step
+            )
+            try:
+                pending.wait()
+            except BaseException as second:
+                if self._job is not None and self._job.pending is pending:
+                    self._job.session.abort(second, phase="write")
+                raise
             raise
         self._collect()
 

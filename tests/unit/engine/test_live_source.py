@@ -89,8 +89,9 @@ class Loop:
         self.progress.advance()
 
 
-def test_an_interrupted_blocking_save_is_not_committed_from_a_state_that_goes_on(tmp_path, monkeypatch):
-    """The writer reads live tensors; once the caller is gone they may change, so what it writes must never count."""
+@pytest.mark.parametrize(("num_interrupts", "is_committed"), [(1, True), (2, False)])
+def test_an_interrupted_blocking_save_is_finished_or_given_up(tmp_path, monkeypatch, num_interrupts, is_committed):
+    """The writer reads live tensors; once the caller is gone they may change, so what it writes must not count then."""
     loop = Loop()
     seen: list[bool] = []
     real = LiveSource.piece
@@ -100,11 +101,12 @@ def test_an_interrupted_blocking_save_is_not_committed_from_a_state_that_goes_on
         loop.step()
         checkpointer.save(loop.state, blocking=True)
         loop.step()
-        interrupted = iter([True])
+        interrupts = iter(range(num_interrupts))
 
         def wait(self, timeout_s=None):
-            if next(interrupted, False):
+            if next(interrupts, None) is not None:
                 raise KeyboardInterrupt
+            seen.append(True)
             return real_wait(self, timeout_s)
 
         def slow_piece(self, begin, end, memory):
@@ -120,6 +122,6 @@ def test_an_interrupted_blocking_save_is_not_committed_from_a_state_that_goes_on
         loop.step()
         seen.append(True)
         checkpointer.wait()
-        assert checkpointer.steps() == [1]
+        assert checkpointer.steps() == ([1, 2] if is_committed else [1])
         assert checkpointer.save(loop.state, blocking=True).outcome == "committed"
-        assert checkpointer.steps() == [1, 3]
+        assert checkpointer.steps() == ([1, 2, 3] if is_committed else [1, 3])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import difflib
 import logging
 import os
 import signal
@@ -16,6 +15,7 @@ from typing import Literal
 
 from dckpt.catalog.catalog import Catalog
 from dckpt.catalog.retention import Retention
+from dckpt.engine.arguments import ensure_choice, ensure_count, ensure_kind, neighbouring_runs, place_of_run
 from dckpt.engine.cadence import Cadence, Every, StepAction
 from dckpt.engine.job import SaveJob, SaveRequest
 from dckpt.engine.keeper import Keeper
@@ -23,6 +23,7 @@ from dckpt.engine.loader import Loaded, Loader, LoadOptions
 from dckpt.engine.overlap import StepGate
 from dckpt.engine.pending import PendingSave
 from dckpt.engine.refusal import REFUSALS
+from dckpt.engine.reuse import REWRITE_EVERY
 from dckpt.engine.saver import Saver
 from dckpt.engine.signals import SignalWatch
 from dckpt.engine.worker import SaveThread
@@ -36,7 +37,7 @@ from dckpt.errors import (
     PoisonedStateError,
     SaveNotFinishedError,
 )
-from dckpt.format.layout import MANIFEST_NAME, CheckpointId, parse_checkpoint_name
+from dckpt.format.layout import CheckpointId
 from dckpt.ranks.coordination import Coordination
 from dckpt.ranks.topology import detect_topology
 from dckpt.resume.report import LoadResult, ResumeReport
@@ -52,7 +53,6 @@ LOG_LEVELS = {
     "info": logging.INFO,
     "not checked": logging.INFO,
 }
-EXAMPLES = {"save": "dckpt.Every(steps=500)", "retention": "dckpt.Retention(last=3)"}
 LINGER_S = 20.0  # how long rank 0 stays reachable at the end, so that every rank learns the last outcome
 LINGER_AFTER_ERROR_S = 2.0  # when a rank leaves by an exception the others may never come to say goodbye
 
@@ -85,6 +85,9 @@ class Checkpointer:
         are always raised.
     deadline_s: the longest time without any progress of a rank before the others stop waiting for it.
     signals: on these, `step` saves and returns `Stop`. Only set in the main thread.
+    rewrite_every: a file of frozen parameters that did not change since the checkpoint before is not written again but taken
+        over: as a hard link, or as a reference where there are none. So that one bad sector does not harm every checkpoint,
+        it is written anew in one of so many checkpoints; 1 writes all files always.
     when_busy: a save that comes due in `step` while another is in flight waits for it, or is skipped.
     overlap: `save` returns before parameters and optimizer states are copied; the next `optimizer.step()` waits until they
         are. Everything else (buffers, EMA, extras, random streams) is copied before. Without effect, and said so, where a
@@ -107,21 +110,29 @@ class Checkpointer:
         signals: Iterable[signal.Signals] = (signal.SIGTERM, signal.SIGUSR1),
         when_busy: Literal["wait", "skip"] = "wait",
         overlap: bool = False,
+        rewrite_every: int = REWRITE_EVERY,
     ) -> None:
-        _ensure_choice("on_save_error", on_save_error, ("continue", "raise"))
-        _ensure_choice("when_busy", when_busy, ("wait", "skip"))
-        if give_up_after < 1:
-            raise ConfigError(f"Checkpointer(give_up_after=): expected at least 1, found {give_up_after}.")
+        ensure_choice("on_save_error", on_save_error, ("continue", "raise"))
+        ensure_choice("when_busy", when_busy, ("wait", "skip"))
+        ensure_count("give_up_after", give_up_after)
+        ensure_count("rewrite_every", rewrite_every)
         if deadline_s <= 0:
             raise ConfigError(f"Checkpointer(deadline_s=): expected more than 0 seconds, found {deadline_s}.")
-        _ensure_kind("save", save, Every)
-        _ensure_kind("retention", retention, Retention)
-        self._storage = open_storage(_place(root))
+        ensure_kind("save", save, Every)
+        ensure_kind("retention", retention, Retention)
+        self._storage = open_storage(place_of_run(root))
         self._topology = detect_topology()
         self._coordination = Coordination.connect(self._topology, scope="checkpointer", deadline_s=deadline_s)
         keeper = Keeper(self._storage, retention or Retention())
         gate = StepGate() if overlap else None
-        self._saver = Saver(self._storage, self._coordination, self._topology, on_commit=keeper.apply, gate=gate)
+        self._saver = Saver(
+            self._storage,
+            self._coordination,
+            self._topology,
+            on_commit=keeper.apply,
+            rewrite_every=rewrite_every,
+            gate=gate,
+        )
         self._loader = Loader(self._storage, self._coordination, self._topology)
         self._thread = SaveThread("dckpt-save")
         self._signals = SignalWatch(signals)
@@ -409,6 +420,7 @@ class Checkpointer:
             result.manifest.run_id,
             reason,
         )
+        self._saver.committer.adopt(result.checkpoint, result.manifest.files)
         self._cadence.reset()
         self._is_over = False
         self._last = self._as_saved(state, loaded, reason)
@@ -434,7 +446,7 @@ class Checkpointer:
                 "an earlier start of this run (generation %d) ended before its first commit",
                 self._loader.observed_generation,
             )
-        for name in _neighbouring_runs(place):
+        for name in neighbouring_runs(place):
             log.warning("a run with checkpoints lies beside it: %s (is the root mistyped?)", name)
 
     # -- the run -------------------------------------------------------------------------------------------------------
@@ -574,48 +586,3 @@ def _close_at_exit(reference: weakref.ref[Checkpointer]) -> Callable[[], None]:
                 log.error("at the end of the process: %s", error)  # noqa: TRY400 - nobody is left to raise to
 
     return close
-
-
-def _place(root: str | os.PathLike[str]) -> str:
-    """The run's place. A checkpoint inside a run is not one: saving there would grow a run within a committed step."""
-    if not isinstance(root, str | os.PathLike):
-        raise ConfigError(f"Checkpointer(root): expected a path or URL, found {type(root).__name__}.")
-    place = os.path.expanduser(os.fspath(root))
-    run, _, name = place.rstrip("/").rpartition("/")
-    if parse_checkpoint_name(name) is not None:
-        raise ConfigError(
-            f"Checkpointer({place!r}): expected the directory of a run, found one of its checkpoints. To continue from it: "
-            f"Checkpointer({run or '.'!r}) and checkpointer.load(state, step={name!r})."
-        )
-    if name == "generations" or os.path.exists(os.path.join(place, MANIFEST_NAME)):
-        raise ConfigError(
-            f"Checkpointer({place!r}): expected the directory of a run, found a part of one or a stand-alone checkpoint. "
-            "Choose another root."
-        )
-    return place
-
-
-def _ensure_kind(name: str, found: object, kind: type) -> None:
-    if found is not None and not isinstance(found, kind):
-        raise ConfigError(
-            f"Checkpointer({name}=): expected a dckpt.{kind.__name__}, such as {EXAMPLES[name]}, found {found!r:.100}."
-        )
-
-
-def _ensure_choice(name: str, found: str, choices: tuple[str, ...]) -> None:
-    if found not in choices:
-        raise ConfigError(f"Checkpointer({name}=): expected one of {', '.join(choices)}, found {found!r}.")
-
-
-def _neighbouring_runs(place: str) -> list[str]:
-    """Up to three runs beside `place` with a similar name; only looked for when nothing was found."""
-    parent = os.path.dirname(place.rstrip("/"))
-    try:
-        with os.scandir(parent) as entries:
-            found = [entry.path for entry in entries if os.path.isdir(os.path.join(entry.path, "generations"))]
-    except OSError as error:
-        log.debug("cannot look beside %s: %s", place, error)
-        return []
-    names = {os.path.basename(path): path for path in found if path != place.rstrip("/")}
-    similar = difflib.get_close_matches(os.path.basename(place.rstrip("/")), list(names), n=3, cutoff=0.6)
-    return [names[name] for name in similar]

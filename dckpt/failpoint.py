@@ -18,6 +18,8 @@ POINTS: tuple[str, ...] = (
     "mid_shard_write",
     "after_shard_write",
     "after_shard_sync",
+    "before_link",
+    "after_link",
     "after_directory_sync",
     "before_listing",
     "before_index",

@@ -37,7 +37,10 @@ ADDED = {
     "__version__": "the version",
 }
 PARAMETERS = {
-    "Checkpointer": ("root", "save", "retention", "on_save_error", "give_up_after", "deadline_s", "signals", "overlap"),
+    "Checkpointer": (
+        *("root", "save", "retention", "on_save_error", "give_up_after", "deadline_s", "signals", "overlap"),
+        "rewrite_every",
+    ),
     "Checkpointer.step": ("state",),
     "Checkpointer.save": ("state", "step", "metrics", "blocking"),
     "Checkpointer.resume": ("state", "policy"),

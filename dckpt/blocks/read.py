@@ -54,12 +54,12 @@ class ByteTally:
 
 def read_checked(storage: Storage, checkpoint: str, entry: FileEntry, *, tally: ByteTally | None = None) -> bytes:
     """The whole of a small file of the checkpoint (index, sums); its size and digest match the manifest's entry."""
-    key = f"{entry.checkpoint or checkpoint}/{entry.path}"
+    key = entry.key_in(checkpoint)
     tally = tally or ByteTally()
-    data = _read_whole(storage, key, entry, tally)
+    data = _read_whole(storage, checkpoint, entry, tally)
     found = digest_bytes(data)
     if found != entry.digest:
-        data = _read_whole(storage, key, entry, tally, uncached=True)
+        data = _read_whole(storage, checkpoint, entry, tally, uncached=True)
         found = digest_bytes(data)
     if found != entry.digest:
         raise CorruptCheckpointError(
@@ -73,23 +73,28 @@ def read_checked(storage: Storage, checkpoint: str, entry: FileEntry, *, tally: 
     return data
 
 
-def _read_whole(storage: Storage, key: str, entry: FileEntry, tally: ByteTally, *, uncached: bool = False) -> bytes:
-    ensure_size(storage, key, entry)
+def _read_whole(
+    storage: Storage, checkpoint: str, entry: FileEntry, tally: ByteTally, *, uncached: bool = False
+) -> bytes:
+    ensure_size(storage, checkpoint, entry)
     data = bytearray(entry.size)
-    with storage.open_reader(key, uncached=uncached) as reader:
+    with storage.open_reader(entry.key_in(checkpoint), uncached=uncached) as reader:
         reader.read_into(0, memoryview(data))
     tally.add(entry.size)
     return bytes(data)
 
 
-def ensure_size(storage: Storage, key: str, entry: FileEntry) -> None:
-    """Raises `CorruptCheckpointError` unless the file is there and as long as the manifest says."""
+def ensure_size(storage: Storage, checkpoint: str, entry: FileEntry) -> None:
+    """Raises `CorruptCheckpointError` unless the file of `checkpoint` is there and as long as the manifest says."""
+    key = entry.key_in(checkpoint)
+    what = (
+        f"a file of {checkpoint} with {entry.size:,} bytes" if entry.checkpoint else f"a file of {entry.size:,} bytes"
+    )
     try:
         found = storage.size(key)
     except StorageMissingError as error:
         raise CorruptCheckpointError(
-            f"{storage.locate(key)}: expected a file of {entry.size:,} bytes, found none. The checkpoint is "
-            "incomplete; use an older step.",
+            f"{storage.locate(key)}: expected {what}, found none. The checkpoint is incomplete; use an older step.",
             key=key,
             field="size",
             expected=entry.size,
@@ -97,8 +102,8 @@ def ensure_size(storage: Storage, key: str, entry: FileEntry) -> None:
         ) from error
     if found != entry.size:
         raise CorruptCheckpointError(
-            f"{storage.locate(key)}: expected {entry.size:,} bytes, found {found:,}. The file was cut short or "
-            "replaced; use an older step.",
+            f"{storage.locate(key)}: expected {what}, found {found:,}. The file was cut short or replaced; use an older "
+            "step.",
             key=key,
             field="size",
             expected=entry.size,
@@ -147,14 +152,14 @@ class VerifiedFile:
         tally: ByteTally | None = None,
     ) -> None:
         self.entry = entry
-        self.key = f"{entry.checkpoint or checkpoint}/{entry.path}"
+        self.key = entry.key_in(checkpoint)
         self._storage = storage
         self._tally = tally or ByteTally()
-        sums_key = f"{checkpoint}/{sums_entry.path}"
+        sums_key = sums_entry.key_in(checkpoint)
         self._sums = parse_sums(read_checked(storage, checkpoint, sums_entry, tally=self._tally), key=sums_key)
         self._ensure_sums_fit(sums_key)
         self._is_verified = np.zeros(len(self._sums.blocks), dtype=np.bool_)
-        ensure_size(storage, self.key, entry)
+        ensure_size(storage, checkpoint, entry)
         self._reader = storage.open_reader(self.key)
 
     def _ensure_sums_fit(self, sums_key: str) -> None:

@@ -32,7 +32,7 @@ class VerifiedFiles:
         self._checkpoint = checkpoint
         self._manifest = manifest
         self._index = index
-        self._entries = {entry.path.rpartition("/")[2]: entry for entry in manifest.shard_entries}
+        self._entries = {entry.name: entry for entry in manifest.shard_entries}
         self._extents = index.file_extents()
         self._lock = threading.Lock()
         self._open: OrderedDict[int, VerifiedFile] = OrderedDict()
@@ -90,7 +90,7 @@ class VerifiedFiles:
         return VerifiedFile(self._storage, self._checkpoint, entry, self._sums_entry(entry))
 
     def _sums_entry(self, entry: FileEntry) -> FileEntry:
-        return self._manifest.sums_entry(entry.path)
+        return self._manifest.sums_entry(entry)
 
     def _inconsistent(self, path: str, field: str, expected: str, found: str) -> CorruptCheckpointError:
         key = f"{self._checkpoint}/{path}"

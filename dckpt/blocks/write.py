@@ -128,7 +128,7 @@ def write_shard_file(
     failpoint.reach("after_shard_sync")
     encoded = encode_sums(sums)
     sums_name = sums_file_name(name)
-    _write_small(storage, f"{directory}/{sums_name}", encoded)
+    write_small(storage, f"{directory}/{sums_name}", encoded)
     return [
         FileEntry(path=f"{attempt}/{name}", size=source.size, digest=sums.digest, kind="shard", rank=rank),
         FileEntry(
@@ -137,7 +137,7 @@ def write_shard_file(
     ]
 
 
-def _write_small(storage: Storage, key: str, data: bytes) -> None:
+def write_small(storage: Storage, key: str, data: bytes) -> None:
     writer = storage.create_file(key)
     try:
         writer.write_at(0, memoryview(data))

@@ -15,7 +15,7 @@ from dckpt.errors import (
     StorageMissingError,
 )
 from dckpt.format.layout import MANIFEST_NAME, PINS_DIR, CheckpointId, parse_checkpoint_name, pin_key
-from dckpt.format.manifest import MANIFEST_BYTES_MAX, FileEntry, Manifest, manifest_digest, parse_manifest
+from dckpt.format.manifest import MANIFEST_BYTES_MAX, Manifest, manifest_digest, parse_manifest
 from dckpt.storage.base import Storage
 
 if TYPE_CHECKING:
@@ -24,11 +24,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _SHOWN_MAX = 5
-
-
-def file_key(checkpoint: str, entry: FileEntry) -> str:
-    """The key of a manifest's file: in the checkpoint's own directory, or in the one that the entry names."""
-    return f"{entry.checkpoint or checkpoint}/{entry.path}"
 
 
 class Catalog:
@@ -142,7 +137,7 @@ class Catalog:
         from dckpt.format.index import parse_index
 
         entry = manifest.index_entry
-        key = file_key(name, entry)
+        key = entry.key_in(name)
         place = self._storage.locate(key)
         data = self._storage.read_bytes(key, limit=entry.size)
         if len(data) != entry.size or digest_bytes(data) != entry.digest:

@@ -9,6 +9,7 @@ from typing import Literal
 from dckpt import failpoint
 from dckpt.catalog.catalog import Catalog
 from dckpt.catalog.generations import ensure_not_fenced
+from dckpt.catalog.references import References, announced, plan_deletion, withdraw
 from dckpt.errors import CommitConflictError, ConfigError, StorageMissingError
 from dckpt.format.layout import (
     GENERATIONS_DIR,
@@ -32,11 +33,14 @@ class Leftover:
     age_s: float
 
 
-def expire(storage: Storage, names: Iterable[str], *, generation: int | None = None) -> list[str]:
-    """Deletes the checkpoints `names`, on the line or superseded; returns those that were there.
+def expire(
+    storage: Storage, names: Iterable[str], *, generation: int | None = None, references: References | None = None
+) -> list[str]:
+    """Deletes the checkpoints `names`, on the line or superseded; returns those that were there and went.
 
-    The run is read again first: with the newest of the line or a pinned one among the names, or if the newest
-    one's manifest cannot be read, nothing at all is deleted. `generation` fences this as it fences a commit.
+    One to which another checkpoint refers stays. The run is read again first: with the newest of the line or a pinned
+    one among the names, or if the newest one's manifest cannot be read, nothing at all is deleted. `generation` fences
+    this as it fences a commit. `references`: what the caller knows of the run's references from before.
     """
     wanted = list(dict.fromkeys(names))
     unknown = [name for name in wanted if parse_checkpoint_name(name) is None]
@@ -50,16 +54,19 @@ def expire(storage: Storage, names: Iterable[str], *, generation: int | None = N
     if generation is not None:
         ensure_not_fenced(storage, generation)
     catalog = Catalog(storage)
-    _ensure_expirable(catalog, storage, wanted)
-    failpoint.reach("before_prune")
+    references = references or References(storage)
     present = {item.name for item in catalog.checkpoints()}
-    removed = []
-    for name in wanted:
-        if name in present:
-            storage.discard(name)
-            removed.append(name)
+    free, _ = plan_deletion([name for name in wanted if name in present], references.read())
+    with announced(storage, free) as places:
+        # Only what is read from here on counts: a save that did not see the announcement is seen now.
+        _ensure_expirable(catalog, storage, wanted)
+        free, held = plan_deletion(free, references.read())
+        withdraw(storage, (places[name] for name in held))
+        failpoint.reach("before_prune")
+        for name in free:
+            storage.discard(name, onto=places[name])
     failpoint.reach("after_prune")
-    return removed
+    return [name for name in wanted if name in free]
 
 
 def find_leftovers(storage: Storage, *, older_than_s: float, now_unix_s: float) -> list[Leftover]:

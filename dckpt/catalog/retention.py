@@ -30,7 +30,8 @@ class Best:
 
 @dataclass(frozen=True, slots=True)
 class Retention:
-    """A checkpoint stays if any rule keeps it; without rules all do. The newest and pinned ones always stay.
+    """A checkpoint stays if any rule keeps it; without rules all do. The newest and pinned ones always stay, and one in which
+    unchanged files of another lie (only where the storage has no hard links) for as long as that one does.
 
     Applies to the current line only: superseded checkpoints are never expired by it.
     """

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from dckpt import failpoint
 from dckpt.catalog.generations import ensure_not_fenced
+from dckpt.catalog.references import hold
 from dckpt.errors import (
     CommitConflictError,
     CorruptCheckpointError,
@@ -81,10 +82,11 @@ class Transaction:
         self._storage.make_dirs(self.attempt_dir)
 
     def ensure_files(self, entries: Sequence[FileEntry], *, patience_s: float = 5.0) -> None:
-        """Every shard and sums file of this attempt is visible here with its size, and nothing else is.
+        """Every shard and sums file of this attempt, linked ones too, is visible here with its size, and nothing else is.
 
         This listing goes through the coordinator's own mount, which catches ranks that wrote elsewhere. A
-        network file system may show new files late, so a difference is looked at again for `patience_s`.
+        network file system may show new files late, so a difference is looked at again for `patience_s`. What
+        lies in other checkpoints was looked at by the rank that refers to it.
         """
         failpoint.reach("before_listing")
         deadline = time.monotonic() + patience_s
@@ -117,7 +119,10 @@ class Transaction:
         return FileEntry(path=path, size=len(data), digest=digest, kind="index", rank=None)
 
     def stage_manifest(self, manifest: Manifest) -> str:
-        """Writes the manifest, last of all files; all names in staging are durable. Returns its SHA-256."""
+        """Writes the manifest, last of all files; all names in staging are durable. Returns its SHA-256.
+
+        From here on nobody deletes the checkpoints to which it refers; `StorageMissingError` if one is gone already.
+        """
         assert manifest.attempt == self._attempt, "a manifest of another attempt"
         assert manifest.generation == self._generation, "a manifest of another generation"
         data = encode_manifest(manifest)
@@ -125,6 +130,7 @@ class Transaction:
         self._storage.stage_manifest(self.staging, data)
         failpoint.reach("after_manifest")
         self._manifest = data
+        self._hold_references(manifest)
         return manifest_digest(data)
 
     def publish(self) -> None:
@@ -200,6 +206,16 @@ class Transaction:
             for name in sorted(found.keys() - expected.keys())
         ]
         return problems
+
+    def _hold_references(self, manifest: Manifest) -> None:
+        lost = sorted(set(manifest.references) - hold(self._storage, manifest.references))
+        if lost:
+            raise StorageMissingError(
+                f"Checkpoint {self._storage.locate(self._checkpoint)}: expected {lost[0]}, in which unchanged files of it lie, "
+                "found it deleted. Another job took the run over, or somebody deletes by hand; the next save writes these "
+                "files anew.",
+                key=self._storage.locate(lost[0]),
+            )
 
     def _judge_taken(self, error: KeyExistsError) -> None:
         """Returns if the name is taken by this very attempt, raises what is known otherwise."""

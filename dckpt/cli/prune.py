@@ -53,8 +53,8 @@ def prune(
 ) -> int:
     """Show what a policy keeps and what it removes, ask, and remove it.
 
-    The newest checkpoint of the line and pinned ones always stay. --last, --every and --best add up: what any
-    of them keeps stays.
+    The newest checkpoint of the line, pinned ones, and those in which unchanged files of others lie always
+    stay. --last, --every and --best add up: what any of them keeps stays.
     """
     if yes and dry_run:
         raise click.UsageError("--yes and --dry-run contradict each other.")
@@ -68,12 +68,11 @@ def prune(
     if not as_json:
         click.echo(render_plan(plan), nl=False)
     is_applied = not plan.is_empty and not dry_run and _is_confirmed(plan, yes=yes, as_json=as_json)
-    if is_applied:
-        apply_prune(storage, plan)
+    num_removed = apply_prune(storage, plan) if is_applied else 0
     if as_json:
         print_json({"plan": plan, "freed_bytes": plan.freed_bytes, "is_applied": is_applied})
     elif is_applied:
-        click.echo(f"Removed {len(plan.remove)} checkpoints and {len(plan.leftovers)} leftovers.")
+        click.echo(f"Removed {num_removed} checkpoints and {len(plan.leftovers)} leftovers.")
     return OK if is_applied or (dry_run and not plan.is_empty) else INCOMPLETE
 
 

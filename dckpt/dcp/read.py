@@ -52,7 +52,7 @@ class CheckpointFiles:
         self._checkpoint = checkpoint
         self._manifest = manifest
         self._index = index
-        self._entries: dict[str, FileEntry] = {entry.path.rsplit("/", 1)[-1]: entry for entry in manifest.shard_entries}
+        self._entries: dict[str, FileEntry] = {entry.name: entry for entry in manifest.shard_entries}
         self._extents = index.file_extents()
         self._open: OrderedDict[int, VerifiedFile] = OrderedDict()
         self._workers = ByteWorkers(READER_THREADS)
@@ -94,17 +94,17 @@ class CheckpointFiles:
             )
         if self._extents[number] > entry.size:
             raise CorruptCheckpointError(
-                f"{self._storage.locate(self._checkpoint)}/{entry.path}: expected at least "
+                f"{self._storage.locate(entry.key_in(self._checkpoint))}: expected at least "
                 f"{self._extents[number]:,} bytes by the layout index, found {entry.size:,} in the manifest. "
                 "The checkpoint is inconsistent; use an older step.",
-                key=f"{self._checkpoint}/{entry.path}",
+                key=entry.key_in(self._checkpoint),
                 field="size",
                 expected=self._extents[number],
                 found=entry.size,
             )
         if len(self._open) >= OPEN_FILES_MAX:
             self._open.popitem(last=False)[1].close()
-        sums_entry = self._manifest.sums_entry(entry.path)
+        sums_entry = self._manifest.sums_entry(entry)
         file = VerifiedFile(self._storage, self._checkpoint, entry, sums_entry, self.tally)
         self._open[number] = file
         return file

@@ -78,7 +78,7 @@ class DckptReader(StorageReader):
                 "name one of its checkpoints (`dckpt ls` lists them)."
             ) from error
         entry = self._manifest.index_entry
-        self._index = parse_index(read_checked(storage, name, entry), key=f"{entry.checkpoint or name}/{entry.path}")
+        self._index = parse_index(read_checked(storage, name, entry), key=entry.key_in(name))
         tensors = {tensor: self._tensor_metadata(tensor) for tensor in self._index.names()}
         for alias, canonical in self._manifest.aliases.items():
             tensors[alias] = tensors[canonical]

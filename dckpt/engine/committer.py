@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from dckpt import failpoint
 from dckpt.blocks.buffer import Pin
-from dckpt.blocks.write import WriterPool, write_shard_file
+from dckpt.blocks.source import FileSource
+from dckpt.blocks.take_over import Place, take_over
+from dckpt.blocks.write import WriterPool, checksum_source, write_shard_file
 from dckpt.catalog.transaction import Transaction, read_attempt
 from dckpt.engine.attempt import MESSAGE_BYTES_MAX, abort_attempt, as_dckpt_error, naming_rank
 from dckpt.engine.job import SaveJob
 from dckpt.engine.pending import Outcome
+from dckpt.engine.reuse import ReusableFiles, reusable_files
 from dckpt.errors import (
     DckptError,
     PeerFailedError,
@@ -23,6 +26,7 @@ from dckpt.errors import (
 )
 from dckpt.format.index import LayoutIndex
 from dckpt.format.manifest import FileEntry
+from dckpt.format.shard_file import ShardFilePlan
 from dckpt.format.values import dump_json, load_json
 from dckpt.planning.indexing import RankReport
 from dckpt.ranks.topology import Topology
@@ -32,17 +36,32 @@ log = logging.getLogger(__name__)
 
 
 class Committer:
-    """Finishes one save after another. `pool` holds its writing threads; a stuck one is replaced by `leave_behind`."""
+    """Finishes one save after another. `pool` holds its writing threads; a stuck one is replaced by `leave_behind`.
+
+    reusable: what the next save may take over.
+    """
 
     def __init__(
-        self, storage: Storage, topology: Topology, *, on_commit: Callable[[str], int], pin: Pin = lambda _: None
+        self,
+        storage: Storage,
+        topology: Topology,
+        *,
+        on_commit: Callable[[str], int],
+        rewrite_every: int,
+        pin: Pin = lambda _: None,
     ) -> None:
-        """`pin`: page-locks the memory of the writing threads for a device."""
+        """`pin`: page-locks the memory of the writing threads for a device. `rewrite_every`: see `Checkpointer`."""
         self._storage = storage
         self._topology = topology
         self._on_commit = on_commit
         self._pin = pin
         self.pool = WriterPool(pin=pin)
+        self._rewrite_every = rewrite_every
+        self.reusable = ReusableFiles()
+
+    def adopt(self, checkpoint: str, entries: Sequence[FileEntry]) -> None:
+        """`checkpoint` was committed or loaded: files of it that do not change need not be written again."""
+        self.reusable = reusable_files(checkpoint, entries, rewrite_every=self._rewrite_every)
 
     def leave_behind(self) -> None:
         """New threads for later saves; those that the kernel does not give back keep what they hold."""
@@ -70,8 +89,8 @@ class Committer:
         return as_dckpt_error(error)
 
     def _write_and_commit(self, job: SaveJob) -> None:
-        entries, failure = self._write(job)
-        rows = [[e.path, e.size, e.digest, e.kind, e.rank] for e in entries]
+        job.entries, failure = self._write(job)
+        rows = [_row(entry) for entry in job.entries]
         payload = dump_json([rows, None if job.report is None else job.report.to_json()], limit=MESSAGE_BYTES_MAX)
         if job.transaction is None:
             self._write_and_await(job, payload, failure)
@@ -99,8 +118,7 @@ class Committer:
             self._read_back(job, error)
             return
         if outcome == "committed":
-            self._note_times(job)
-            job.pending.conclude("committed")
+            self._conclude_committed(job)
         elif detail:
             raise from_wire(load_json(detail, key="conclusion", limit=MESSAGE_BYTES_MAX))
         else:
@@ -122,9 +140,8 @@ class Committer:
                 job.deferred.result()
             with job.in_storage():
                 for plan, source in job.files:
-                    entries += write_shard_file(
-                        self._storage, directory, job.attempt, self._topology.rank, plan.file, source, on_bytes, pool
-                    )
+                    place = Place(directory, job.attempt, self._topology.rank, plan.file)
+                    entries += self._write_file(job, plan, source, place, on_bytes, pool)
                 # Each rank syncs the directory on its own node: on a shared file system only that client's view counts.
                 self._storage.sync_dir(directory)
             failpoint.reach("after_directory_sync")
@@ -132,15 +149,37 @@ class Committer:
             return [], error
         return entries, None
 
+    def _write_file(
+        self,
+        job: SaveJob,
+        plan: ShardFilePlan,
+        source: FileSource,
+        place: Place,
+        on_bytes: Callable[[int], None],
+        pool: WriterPool,
+    ) -> list[FileEntry]:
+        """Takes the file over from an earlier checkpoint if it did not change, and writes it otherwise."""
+        if plan.is_separate and source.size in self.reusable.sizes:
+            sums = checksum_source(source, on_bytes, pool)
+            found = self.reusable.find(source.size, sums.digest, place.name)
+            taken = None
+            if found is not None:
+                taken = take_over(self._storage, found, sums, place, may_refer=job.may_refer)
+            if taken is not None:
+                return taken
+        return write_shard_file(
+            self._storage, place.directory, place.attempt, place.rank, place.name, source, on_bytes, pool
+        )
+
     def _seal(self, job: SaveJob, payloads: list[bytes]) -> bytes:
         """On the coordinator: compares the files with its own listing, writes index and manifest into the attempt."""
         assert job.transaction is not None
         assert job.known is not None
         assert job.manifest is not None
         found = [_report(payload) for payload in payloads]
-        entries = [entry for rank_entries, _ in found for entry in rank_entries]
+        entries = job.entries = [entry for rank_entries, _ in found for entry in rank_entries]
         index = job.known.index_from([report for _, report in found])
-        _ensure_planned_sizes(job, index, entries)
+        _ensure_planned_sizes(index, entries)
         with job.in_storage(), naming_rank(self._topology, job.session, "commit"):
             job.transaction.ensure_files(entries)
             # The others count the time since this rank's last beat: each of these may wait for the medium.
@@ -185,12 +224,16 @@ class Committer:
                 if is_ours:
                     self._storage.sync_dir("")
             if is_ours:
-                self._note_times(job)
-                job.pending.conclude("committed")
+                self._conclude_committed(job)
                 return
         except DckptError:
             log.warning("could not read back %s after the coordinator was lost", job.checkpoint, exc_info=True)
         raise unknown_outcome(job, cause) from cause
+
+    def _conclude_committed(self, job: SaveJob) -> None:
+        self._note_times(job)
+        self.adopt(job.checkpoint, job.entries)
+        job.pending.conclude("committed")
 
     def _note_times(self, job: SaveJob) -> None:
         job.pending.seconds_to_durable = time.monotonic() - job.started_s
@@ -198,6 +241,7 @@ class Committer:
             job.pending.seconds_stalled = job.pending.seconds_to_durable
 
     def _report_commit(self, job: SaveJob) -> None:
+        self.adopt(job.checkpoint, job.entries)
         job.pending.conclude("committed")
         try:
             kept = self._on_commit(job.checkpoint)
@@ -239,13 +283,19 @@ def _decide_nothing(payloads: list[bytes]) -> bytes:
     raise AssertionError(f"only the coordinator decides; {len(payloads)} payloads came here")
 
 
+def _row(entry: FileEntry) -> list[object]:
+    """What the coordinator is told of a file: as many fields as differ from what most files have."""
+    taken_over = [entry.checkpoint, entry.reused] if entry.checkpoint or entry.reused else []
+    return [entry.path, entry.size, entry.digest, entry.kind, entry.rank, *taken_over]
+
+
 def _report(payload: bytes) -> tuple[list[FileEntry], RankReport | None]:
     rows, report = load_json(payload, key="files of a rank", limit=MESSAGE_BYTES_MAX)
     return [FileEntry(*row) for row in rows], None if report is None else RankReport.from_json(report)
 
 
-def _ensure_planned_sizes(job: SaveJob, index: LayoutIndex, entries: list[FileEntry]) -> None:
+def _ensure_planned_sizes(index: LayoutIndex, entries: list[FileEntry]) -> None:
     """Pair assertion: what the ranks wrote is what the coordinator laid out in the index."""
-    planned = {f"{job.attempt}/{file}": size for file, size in zip(index.files, index.file_extents(), strict=True)}
-    written = {entry.path: entry.size for entry in entries if entry.kind == "shard"}
+    planned = dict(zip(index.files, index.file_extents(), strict=True))
+    written = {entry.name: entry.size for entry in entries if entry.kind == "shard"}
     assert planned == written, (planned, written)

@@ -24,7 +24,8 @@ from dckpt.ranks.session import Session
 class SaveJob:
     """What the writing thread needs. `files` refer to live state only while the caller of a blocking save waits.
 
-    deferred: what is still being copied into the images behind the training.
+    deferred: what is still being copied into the images behind the training. may_refer: the checkpoints in which unchanged
+    files may stay, where the storage has no links. entries: the files of this rank, on the coordinator in the end of all.
     """
 
     pending: PendingSave
@@ -38,6 +39,8 @@ class SaveJob:
     known: Known | None = None  # the coordinator's
     report: RankReport | None = None  # if the coordinator asked for it
     deferred: DeferredCopies | None = None
+    may_refer: frozenset[str] = frozenset()
+    entries: list[FileEntry] = field(default_factory=list)
     bytes_done: int = 0
     storage_busy_since_s: float | None = (
         None  # None while it waits for other ranks: those waits have their own deadlines

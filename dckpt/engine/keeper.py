@@ -6,6 +6,7 @@ import logging
 
 from dckpt.catalog.catalog import Catalog
 from dckpt.catalog.prune import expire
+from dckpt.catalog.references import References, plan_deletion
 from dckpt.catalog.retention import Candidate, Retention, plan_retention
 from dckpt.errors import CommitConflictError, CorruptCheckpointError, StorageError
 from dckpt.format.layout import parse_checkpoint_name
@@ -21,6 +22,8 @@ class Keeper:
         self._storage = storage
         self._policy = policy
         self._metrics: dict[str, tuple[dict[str, float], float]] = {}
+        self._references = References(storage)
+        self._told: set[str] = set()
 
     def apply(self, committed: str) -> int:
         """After the commit of `committed`: expires what the policy does not keep; returns how many of the line remain."""
@@ -48,12 +51,21 @@ class Keeper:
             if self._policy.last is None and self._policy.every is None:
                 return len(line)
         plan = plan_retention(candidates, self._policy)
-        if plan.expire:
-            own = parse_checkpoint_name(committed)
-            # A zombie must not delete what the job that replaced it may resume from.
-            generation = own.generation if own is not None else None
-            expire(self._storage, [item.name for item in plan.expire], generation=generation)
-        return len(plan.keep)
+        return len(line) - self._expire([item.name for item in plan.expire], committed)
+
+    def _expire(self, names: list[str], committed: str) -> int:
+        """Deletes what nobody refers to; returns how many went."""
+        self._references.forget(committed)
+        if not names:
+            return 0
+        free, held = plan_deletion(names, self._references.read())
+        for name in sorted(held.keys() - self._told):
+            self._told.add(name)
+            log.info("%s stays for as long as files of %s lie in it", name, ", ".join(held[name]))
+        own = parse_checkpoint_name(committed)
+        # A zombie must not delete what the job that replaced it may resume from.
+        generation = own.generation if own is not None else None
+        return len(expire(self._storage, free, generation=generation, references=self._references))
 
     def _facts(self, catalog: Catalog, name: str) -> tuple[dict[str, float], float]:
         if name not in self._metrics:

@@ -14,6 +14,7 @@ from dckpt import failpoint
 from dckpt.blocks.buffer import ImageBuffer
 from dckpt.blocks.source import FileSource
 from dckpt.catalog.prune import find_leftovers, sweep
+from dckpt.catalog.references import find_referable
 from dckpt.catalog.transaction import Transaction
 from dckpt.dcp.chunks import local_chunks
 from dckpt.engine.agreement import PlanAgreement, decode_layout, decode_question, encode_layout, encode_question
@@ -29,6 +30,7 @@ from dckpt.engine.overlap import StepGate, overlap_obstacle, owned_memory
 from dckpt.engine.pending import PendingSave
 from dckpt.engine.pinning import HostPinner
 from dckpt.engine.refusal import REFUSALS, encode_refusal, raise_refusals
+from dckpt.engine.reuse import REWRITE_EVERY
 from dckpt.engine.staging import stage
 from dckpt.errors import (
     CorruptCheckpointError,
@@ -63,9 +65,13 @@ class Saver:
         topology: Topology,
         *,
         on_commit: Callable[[str], int],
+        rewrite_every: int = REWRITE_EVERY,
         gate: StepGate | None = None,
     ) -> None:
-        """`gate`: lets tensors of optimizers be copied after `start` returned; None copies everything at once."""
+        """`gate`: lets tensors of optimizers be copied after `start` returned; None copies everything at once.
+
+        `rewrite_every`: see `Checkpointer`.
+        """
         self._storage = storage
         self._coordination = coordination
         self._topology = topology
@@ -73,7 +79,9 @@ class Saver:
         self._pinner = HostPinner()
         self._buffer = ImageBuffer(self._pinner.pin)
         self._agreement = PlanAgreement(topology)
-        self.committer = Committer(storage, topology, on_commit=on_commit, pin=self._pinner.pin)
+        self.committer = Committer(
+            storage, topology, on_commit=on_commit, rewrite_every=rewrite_every, pin=self._pinner.pin
+        )
         self._saves = 0
         self.lineage = Lineage(storage)
 
@@ -164,6 +172,7 @@ class Saver:
                 known=begun.known,
                 report=plan.report if decision["wants_report"] else None,
                 deferred=deferred,
+                may_refer=frozenset(decision["may_refer"]),
             )
             begun.job.note_storage()
             hand_over(begun.job)
@@ -329,7 +338,13 @@ class Saver:
         )
         begun.transaction = Transaction(self._storage, checkpoint=name, attempt=attempt, generation=generation)
         begun.transaction.begin()
-        answer: dict[str, Any] = {"checkpoint": name, "attempt": attempt, "wants_report": known.index is None}
+        answer: dict[str, Any] = {
+            "checkpoint": name,
+            "attempt": attempt,
+            "wants_report": known.index is None,
+            # Looked at when the generation is there: from now on nobody deletes these.
+            "may_refer": sorted(find_referable(self._storage, self.committer.reusable.places)),
+        }
         if layout is not None:
             answer["layout"] = encode_layout(layout)
         return dump_json(answer)

@@ -41,7 +41,9 @@ MESH_AXES_MAX = 16
 
 FileKind = Literal["shard", "sums", "index"]
 
-_ENTRY_KEYS = ("path", "size", "digest", "kind", "rank", "checkpoint")
+REUSED_MAX = 999_999
+
+_ENTRY_KEYS = ("path", "size", "digest", "kind", "rank", "checkpoint", "reused")
 _KEYS = (
     "dckpt", "version", "run_id", "step", "micro_step", "generation", "attempt", "created_unix_s",
     "world_size", "mesh", "coordinates", "parts", "values", "planner_data", "rank_tensors", "rank_values",
@@ -51,7 +53,11 @@ _KEYS = (
 
 @dataclass(frozen=True, slots=True)
 class FileEntry:
-    """One file of a checkpoint. `checkpoint` (reserved) names another checkpoint in which the file lies."""
+    """One file of a checkpoint.
+
+    checkpoint: another checkpoint of the run in which the file lies. reused: how many checkpoints in a row took the file
+    over unchanged since it was written, 0 if this one wrote it; of shards only.
+    """
 
     path: str
     size: int
@@ -59,6 +65,16 @@ class FileEntry:
     kind: FileKind
     rank: int | None
     checkpoint: str | None = None
+    reused: int = 0
+
+    @property
+    def name(self) -> str:
+        """The last component of its path: what the layout index calls a shard."""
+        return self.path.rpartition("/")[2]
+
+    def key_in(self, checkpoint: str) -> str:
+        """Where the file of `checkpoint` lies in the run: in its own directory or in the one that the entry names."""
+        return f"{self.checkpoint or checkpoint}/{self.path}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,12 +130,17 @@ class Manifest:
         return tuple(entry for entry in self.files if entry.kind == "shard")
 
     @cached_property
-    def _sums_by_path(self) -> dict[str, FileEntry]:
-        return {entry.path: entry for entry in self.files if entry.kind == "sums"}
+    def _sums_by_place(self) -> dict[tuple[str | None, str], FileEntry]:
+        return {(entry.checkpoint, entry.path): entry for entry in self.files if entry.kind == "sums"}
 
-    def sums_entry(self, shard_path: str) -> FileEntry:
-        """The sums file of the shard file at `shard_path`."""
-        return self._sums_by_path[sums_file_name(shard_path)]
+    def sums_entry(self, shard: FileEntry) -> FileEntry:
+        """The sums file of a shard file of this checkpoint."""
+        return self._sums_by_place[shard.checkpoint, sums_file_name(shard.path)]
+
+    @cached_property
+    def references(self) -> tuple[str, ...]:
+        """The other checkpoints in which files of this one lie, ascending."""
+        return tuple(sorted({entry.checkpoint for entry in self.files if entry.checkpoint is not None}))
 
     @cached_property
     def total_bytes(self) -> int:
@@ -190,6 +211,8 @@ def _entry_to_json(entry: FileEntry) -> dict[str, Any]:
     }
     if entry.checkpoint is not None:
         found["checkpoint"] = entry.checkpoint
+    if entry.reused:
+        found["reused"] = entry.reused
     return found
 
 
@@ -231,7 +254,20 @@ def parse_manifest(data: bytes, *, key: str) -> Manifest:
         raise corrupt(key, "run_id", "null exactly if generation is 0", shown(manifest.run_id))
     if is_of_run and manifest.step is None:
         raise corrupt(key, "step", "an integer in a checkpoint of a run", "null")
+    _ensure_references(manifest, key)
     return manifest
+
+
+def _ensure_references(manifest: Manifest, key: str) -> None:
+    """Files are taken over within one run only, and never from the checkpoint itself."""
+    own = None if manifest.id is None else manifest.id.name
+    for entry in manifest.files:
+        if own is None and (entry.checkpoint is not None or entry.reused):
+            raise corrupt(
+                key, f"files, {entry.path}", "a file of its own in a stand-alone checkpoint", "one taken over"
+            )
+        if own is not None and entry.checkpoint == own:
+            raise corrupt(key, f"files, {entry.path}", "another checkpoint than its own", own)
 
 
 def _parse_mesh(fields: Fields, key: str) -> Mesh | None:
@@ -293,6 +329,9 @@ def _parse_files(fields: Fields, key: str, attempt: str, world_size: int, *, is_
     by_place = {(entry.checkpoint, entry.path): entry for entry in entries}
     if len(by_place) != len(entries):
         raise corrupt(key, "files", "each path once", "a repeated one")
+    shards = [entry.name for entry in entries if entry.kind == "shard"]
+    if len(set(shards)) != len(shards):
+        raise corrupt(key, "files", "each name of a shard once", "a repeated one")
     num_by_kind = {kind: sum(entry.kind == kind for entry in entries) for kind in ("shard", "sums", "index")}
     if num_by_kind["index"] != 1:
         raise corrupt(key, "files", "exactly one index", f"{num_by_kind['index']}")
@@ -311,11 +350,7 @@ def _parse_entry(found: Any, *, key: str, path: str, world_size: int, is_newer: 
     name = fields.text("path")
     ensure_safe_path(name, key=key, field=f"{path}.path")
     kind = cast("FileKind", fields.choice("kind", ("shard", "sums", "index")))
-    checkpoint = None
-    if "checkpoint" in found:
-        checkpoint = fields.text("checkpoint")
-        if parse_checkpoint_name(checkpoint) is None:
-            raise fields.refuse("checkpoint", "the name of a checkpoint", shown(checkpoint))
+    checkpoint, reused = _parse_reuse(fields, kind)
     if kind == "index" and fields.has("rank"):
         raise fields.refuse("rank", "null for the index", shown(fields.value("rank")))
     # A file that another checkpoint wrote may come from a larger world.
@@ -327,7 +362,25 @@ def _parse_entry(found: Any, *, key: str, path: str, world_size: int, is_newer: 
         kind=kind,
         rank=None if kind == "index" else fields.integer("rank", 0, rank_max),
         checkpoint=checkpoint,
+        reused=reused,
     )
+
+
+def _parse_reuse(fields: Fields, kind: FileKind) -> tuple[str | None, int]:
+    """`checkpoint` and `reused` of an entry; most files have neither."""
+    checkpoint = None
+    if "checkpoint" in fields:
+        checkpoint = fields.text("checkpoint")
+        if kind == "index" or parse_checkpoint_name(checkpoint) is None:
+            raise fields.refuse("checkpoint", "the name of a checkpoint, of shards and sums only", shown(checkpoint))
+    reused = 0
+    if "reused" in fields:
+        if kind != "shard":
+            raise fields.refuse("reused", "a count of shards only", f"one of {kind}")
+        reused = fields.integer("reused", 1, REUSED_MAX)
+    elif kind == "shard" and checkpoint is not None:
+        raise fields.refuse("reused", "a count beside `checkpoint`", "none")
+    return checkpoint, reused
 
 
 def _ensure_place(entry: FileEntry, key: str, attempt: str) -> None:

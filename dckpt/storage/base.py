@@ -3,8 +3,8 @@
 Keys are '/'-separated names relative to the root. Call order of one commit, with who calls:
 
 1. coordinator: `ensure_root`, `make_dirs(attempt directory inside staging_key)`
-2. every writing rank: `create_file`, `write_at`..., `finish` for each of its files, then `sync_dir(attempt
-   directory)`
+2. every writing rank: `create_file`, `write_at`..., `finish` for each of its files, or `link` for one that did not
+   change, then `sync_dir(attempt directory)`
 3. coordinator: `list_dir(attempt directory)`, the index by `create_file`, then `stage_manifest`
 4. coordinator: `publish`. This is the commit point; nothing before it makes a checkpoint visible, nothing
    after it may change the checkpoint.
@@ -164,6 +164,14 @@ class Storage(Protocol):
         """
         ...
 
+    def link(self, source: str, target: str) -> bool:
+        """`target` is one more name of the file `source`, exclusively; each name outlives the other. Durable after `sync_dir`.
+
+        False if the storage has no second names, or none for this file: nothing was made. `StorageMissingError` if
+        the source or the target's directory is gone, `KeyExistsError` if another file has the name.
+        """
+        ...
+
     def sync_dir(self, key: str = "") -> None:
         """The names in the directory are durable."""
         ...
@@ -185,10 +193,12 @@ class Storage(Protocol):
         """
         ...
 
-    def discard(self, key: str) -> None:
+    def discard(self, key: str, *, onto: str | None = None) -> None:
         """Deletes a file or a directory; nobody sees a half-deleted one under its name, also after a crash.
 
-        Nothing happens if it is missing. What is deleted stays deleted after a crash, or lies in the trash.
+        Nothing happens if it is missing. What is deleted stays deleted after a crash, or lies in the trash. `onto`: an
+        empty directory in the trash, to which a directory is moved first; if that is gone, `StorageMissingError`, and
+        nothing was deleted.
         """
         ...
 

@@ -37,8 +37,13 @@ logger = logging.getLogger(__name__)
 DIRECT_FILE_BYTES_MIN = 4 * 2**20
 """Files from this size on can also be read around the page cache; below, the kernel's own read-ahead is as good."""
 
-# What link(2) says where the file system has no hard links.
-_LINK_REFUSED = frozenset((errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EINVAL))
+# What link(2) says where the file system has no hard links, or no further one of this file to this place.
+_LINK_REFUSED = frozenset(
+    (
+        *(errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS),
+        *(errno.EMLINK, errno.EINVAL, errno.EXDEV),
+    )
+)
 
 # Errors after which rename(2) has certainly not happened. EIO, ETIMEDOUT and the like are not among them: a
 # soft NFS mount answers so for a request that the server may still carry out.
@@ -222,6 +227,22 @@ class LocalStorage:
     def create_file(self, key: str, *, is_large: bool = False) -> LocalWriter:
         return LocalWriter(self._posix, self._path(check_key(key)), is_large=is_large)
 
+    def link(self, source: str, target: str) -> bool:
+        old, new = self._path(check_key(source)), self._path(check_key(target))
+        with translated("stat", old):
+            info = self._posix.stat(old)
+        self._ensure_regular(source, info)
+        try:
+            self._posix.link(old, new)
+        except OSError as error:
+            if error.errno == errno.EEXIST and self._is_inode(new, info.st_ino):
+                # The server linked it, its answer was lost, and the resent request found our own link.
+                return True
+            if error.errno in _LINK_REFUSED:
+                return False
+            raise storage_error(error, f"link {old} to", new) from error
+        return True
+
     def sync_dir(self, key: str = "") -> None:
         self._sync_path(self._path(key))
 
@@ -321,7 +342,7 @@ class LocalStorage:
 
     # --- deleting
 
-    def discard(self, key: str) -> None:
+    def discard(self, key: str, *, onto: str | None = None) -> None:
         path = self._path(check_key(key))
         try:
             info = self._posix.stat(path)
@@ -337,14 +358,15 @@ class LocalStorage:
             return
         trash = path
         if not os.path.basename(path).startswith(TRASH_PREFIX):
-            trash = f"{parent}/{TRASH_PREFIX}{uuid.uuid4().hex}"
+            trash = self._path(check_key(onto)) if onto else f"{parent}/{TRASH_PREFIX}{uuid.uuid4().hex}"
             try:
+                # Replaces the empty directory `onto`, if there is one.
                 self._posix.rename(path, trash)
-            except FileNotFoundError:
-                # Another process deletes it too.
-                return
             except OSError as error:
-                raise storage_error(error, "move to the trash", path) from error
+                if isinstance(error, FileNotFoundError) and not self._is_taken(path):
+                    # Another process deletes it too.
+                    return
+                raise storage_error(error, f"move to {trash}", path) from error
         # Before the first file goes: otherwise a power loss can bring the old name back with files missing.
         # Also for a directory that is trash already, because the process that moved it may have died before
         # this line.

@@ -11,9 +11,10 @@ from dckpt.catalog.line import trace_line
 from dckpt.catalog.prune import find_leftovers
 from dckpt.errors import CorruptCheckpointError, FormatVersionError, StorageError
 from dckpt.format.generation import Generation
-from dckpt.format.layout import MANIFEST_NAME, CheckpointId
+from dckpt.format.layout import CheckpointId
 from dckpt.storage.base import Storage
-from dckpt.tools.manifest_head import ManifestHead, read_head
+from dckpt.tools.manifest_head import ManifestHead, ReadError, copies_of, read_heads
+from dckpt.tools.sharing import shared_bytes, total_bytes
 
 _ReadError = (CorruptCheckpointError, FormatVersionError, StorageError)
 
@@ -28,6 +29,8 @@ class CheckpointRow:
     generation: int
     created_unix_s: float | None
     size_bytes: int | None
+    shared_bytes: int
+    """Bytes of its size that an earlier checkpoint of the run has too: unchanged files that are stored once."""
     world_size: int | None
     states: tuple[str, ...]
     """Of: latest, on the line, superseded, pinned, damaged manifest."""
@@ -66,6 +69,8 @@ class RunListing:
     line_generations: tuple[GenerationRow, ...]
     """The generations on the way from the newest back to the start of the line."""
     leftovers: tuple[LeftoverRow, ...]
+    total_bytes: int
+    """Of all checkpoints together, what they share counted once."""
     notes: tuple[str, ...]
     """Where the line could not be followed. If it has no beginning, no checkpoint has a place in it."""
 
@@ -87,8 +92,11 @@ def list_run(storage: Storage, *, now_unix_s: float) -> RunListing:
         latest = line.on_line[0] if line.on_line else None
     except _ReadError as error:
         notes = (str(error),)
+    heads = read_heads(storage, checkpoints)
+    copies = copies_of(heads)
+    shared = shared_bytes(copies)
     rows = tuple(
-        _row(storage, checkpoint, place_in_line(checkpoint, latest, on_line, pins))
+        _row(checkpoint, heads[checkpoint.name], shared, place_in_line(checkpoint, latest, on_line, pins))
         for checkpoint in reversed(checkpoints)
     )
     return RunListing(
@@ -96,6 +104,7 @@ def list_run(storage: Storage, *, now_unix_s: float) -> RunListing:
         checkpoints=rows,
         line_generations=tuple(_generation_row(record) for record in records.values()),
         leftovers=list_leftovers(storage, older_than_s=0, now_unix_s=now_unix_s),
+        total_bytes=total_bytes(copies),
         notes=notes,
     )
 
@@ -128,14 +137,13 @@ def place_in_line(
     return states
 
 
-def _row(storage: Storage, checkpoint: CheckpointId, states: list[str]) -> CheckpointRow:
-    head: ManifestHead | None = None
-    damage = None
-    try:
-        head = read_head(storage, f"{checkpoint.name}/{MANIFEST_NAME}")
-    except _ReadError as error:
+def _row(
+    checkpoint: CheckpointId, found: ManifestHead | ReadError, shared: Mapping[str, int], states: list[str]
+) -> CheckpointRow:
+    head = found if isinstance(found, ManifestHead) else None
+    damage = None if head is not None else str(found)
+    if damage is not None:
         states.append("damaged manifest")
-        damage = str(error)
     return CheckpointRow(
         name=checkpoint.name,
         step=checkpoint.step,
@@ -143,6 +151,7 @@ def _row(storage: Storage, checkpoint: CheckpointId, states: list[str]) -> Check
         generation=checkpoint.generation,
         created_unix_s=None if head is None else head.created_unix_s,
         size_bytes=None if head is None else head.size_bytes,
+        shared_bytes=shared.get(checkpoint.name, 0),
         world_size=None if head is None else head.world_size,
         states=tuple(states),
         metrics={} if head is None else head.metrics,

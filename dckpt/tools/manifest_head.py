@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
-from dckpt.errors import CorruptCheckpointError
+from dckpt.errors import CorruptCheckpointError, FormatVersionError, StorageError
+from dckpt.format.layout import MANIFEST_NAME, CheckpointId
 from dckpt.format.manifest import MANIFEST_BYTES_MAX
 from dckpt.format.sealed_json import open_sealed_json
 from dckpt.storage.base import Storage
+from dckpt.tools.sharing import Copy, StoredFile, find_copies
+
+ReadError: TypeAlias = CorruptCheckpointError | FormatVersionError | StorageError
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +24,7 @@ class ManifestHead:
     size_bytes: int
     world_size: int
     metrics: Mapping[str, float]
+    files: tuple[StoredFile, ...]
 
 
 def read_head(storage: Storage, key: str) -> ManifestHead:
@@ -35,6 +40,12 @@ def read_head(storage: Storage, key: str) -> ManifestHead:
             size_bytes=sum(int(entry["size"]) for entry in record["files"]),
             world_size=int(record["world_size"]),
             metrics={name: _number(value) for name, value in record["metrics"].items()},
+            files=tuple(
+                StoredFile(
+                    str(entry["digest"]), int(entry["size"]), int(entry.get("reused", 0)), entry.get("checkpoint")
+                )
+                for entry in record["files"]
+            ),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         # The seal holds, so this is what a writer meant: a newer format or a broken writer.
@@ -44,6 +55,22 @@ def read_head(storage: Storage, key: str) -> ManifestHead:
             key=key,
             field=str(error),
         ) from error
+
+
+def read_heads(storage: Storage, checkpoints: Collection[CheckpointId]) -> dict[str, ManifestHead | ReadError]:
+    """The head of each, or why it cannot be read; in the order in which they were committed."""
+    found: dict[str, ManifestHead | ReadError] = {}
+    for item in sorted(checkpoints, key=lambda item: (item.generation, item.step, item.micro_step)):
+        try:
+            found[item.name] = read_head(storage, f"{item.name}/{MANIFEST_NAME}")
+        except (CorruptCheckpointError, FormatVersionError, StorageError) as error:
+            found[item.name] = error
+    return found
+
+
+def copies_of(heads: Mapping[str, ManifestHead | ReadError]) -> dict[str, dict[Copy, int]]:
+    """What the readable ones lie on."""
+    return find_copies({name: head.files for name, head in heads.items() if isinstance(head, ManifestHead)})
 
 
 def _number(value: Any) -> float:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from dckpt.catalog.catalog import Catalog
 from dckpt.catalog.prune import expire, sweep
+from dckpt.catalog.references import References, plan_deletion
 from dckpt.catalog.retention import Candidate, Retention, plan_retention
-from dckpt.errors import CorruptCheckpointError, FormatVersionError, StorageError
-from dckpt.format.layout import MANIFEST_NAME, CheckpointId
+from dckpt.errors import CorruptCheckpointError
+from dckpt.format.layout import CheckpointId
 from dckpt.storage.base import Storage
 from dckpt.tools.inspect import LeftoverRow, list_leftovers
-from dckpt.tools.manifest_head import ManifestHead, read_head
+from dckpt.tools.manifest_head import ManifestHead, ReadError, copies_of, read_heads
+from dckpt.tools.sharing import freed_bytes
 
 LEFTOVER_HOURS = 24.0
 """Younger leftovers may belong to a save that is still running."""
@@ -47,17 +49,13 @@ class RemoveRow:
 
 @dataclass(frozen=True, slots=True)
 class PrunePlan:
-    """What stays and what goes, newest first."""
+    """What stays and what goes, newest first. `freed_bytes`: as far as known; what others share is not freed."""
 
     url: str
     keep: tuple[KeepRow, ...]
     remove: tuple[RemoveRow, ...]
     leftovers: tuple[LeftoverRow, ...]
-
-    @property
-    def freed_bytes(self) -> int:
-        """Bytes that the plan frees, as far as known."""
-        return sum(row.size_bytes or 0 for row in self.remove) + sum(row.size_bytes for row in self.leftovers)
+    freed_bytes: int
 
     @property
     def is_empty(self) -> bool:
@@ -65,8 +63,11 @@ class PrunePlan:
         return not self.remove and not self.leftovers
 
 
+Heads = Mapping[str, ManifestHead | ReadError]
+
+
 def plan_prune(storage: Storage, request: PruneRequest, *, now_unix_s: float) -> PrunePlan:
-    """Reads only. The newest of the line and pinned checkpoints always stay.
+    """Reads only. The newest of the line, pinned checkpoints, and those in which files of kept ones lie always stay.
 
     `CorruptCheckpointError` if superseded steps shall go and a damaged record hides which ones they are.
     """
@@ -79,38 +80,50 @@ def plan_prune(storage: Storage, request: PruneRequest, *, now_unix_s: float) ->
             f"{' '.join(traced.notes)} Restore the record, or prune without --superseded."
         )
     pins = catalog.pins()
-    keep, remove = _plan_line(storage, traced.on_line, pins, request.retention)
+    heads = read_heads(storage, [*traced.on_line, *traced.superseded])
+    keep, going = _plan_line(heads, traced.on_line, pins, request.retention)
     for checkpoint in reversed(traced.superseded):
         if checkpoint.name in pins:
             keep.append(KeepRow(checkpoint.name, ("pinned", "superseded")))
         elif request.superseded:
-            remove.append(_remove_row(storage, checkpoint.name, "superseded"))
+            going[checkpoint.name] = "superseded"
         else:
             keep.append(KeepRow(checkpoint.name, ("superseded: --superseded removes it",)))
+    free, held = plan_deletion(going, References(storage).read() if going else {})
+    keep += [KeepRow(name, (f"files of {', '.join(holders)} lie in it", going[name])) for name, holders in held.items()]
     leftovers: tuple[LeftoverRow, ...] = ()
     if request.leftovers:
         leftovers = list_leftovers(storage, older_than_s=request.older_than_s, now_unix_s=now_unix_s)
-    return PrunePlan(url=storage.url, keep=tuple(keep), remove=tuple(remove), leftovers=leftovers)
+    return PrunePlan(
+        url=storage.url,
+        keep=tuple(keep),
+        remove=tuple(_remove_row(heads, name, reason) for name, reason in going.items() if name in free),
+        leftovers=leftovers,
+        freed_bytes=freed_bytes(copies_of(heads), free) + sum(row.size_bytes for row in leftovers),
+    )
 
 
-def apply_prune(storage: Storage, plan: PrunePlan) -> None:
-    """Removes what the plan names; the line is read again first, so a stale plan harms nothing."""
-    if plan.remove:
-        expire(storage, [row.name for row in plan.remove])
+def apply_prune(storage: Storage, plan: PrunePlan) -> int:
+    """Removes what the plan names, and returns how many checkpoints went; the run is read again first, so a stale plan
+    harms nothing.
+    """
+    removed = expire(storage, [row.name for row in plan.remove]) if plan.remove else []
     if plan.leftovers:
         sweep(storage, [row.name for row in plan.leftovers])
+    return len(removed)
 
 
 def _plan_line(
-    storage: Storage, line: Sequence[CheckpointId], pins: Collection[str], retention: Retention | None
-) -> tuple[list[KeepRow], list[RemoveRow]]:
+    heads: Heads, line: Sequence[CheckpointId], pins: Collection[str], retention: Retention | None
+) -> tuple[list[KeepRow], dict[str, str]]:
+    """What the policy keeps, and what may go with the reason."""
     if retention is None:
-        return [KeepRow(checkpoint.name, ("on the line, no policy given",)) for checkpoint in line], []
+        return [KeepRow(checkpoint.name, ("on the line, no policy given",)) for checkpoint in line], {}
     keep: list[KeepRow] = []
     candidates = []
     for checkpoint in line:
-        head = _read_head(storage, checkpoint.name)
-        if head is None:
+        head = heads[checkpoint.name]
+        if not isinstance(head, ManifestHead):
             # It must not take the place of a good checkpoint among the last N, so the policy does not see it.
             keep.append(KeepRow(checkpoint.name, ("manifest cannot be read: not judged, see `dckpt verify`",)))
         else:
@@ -125,17 +138,9 @@ def _plan_line(
     decision = plan_retention(candidates, retention)
     keep += [KeepRow(checkpoint.name, tuple(reasons)) for checkpoint, reasons in decision.keep]
     keep.sort(key=lambda row: row.name, reverse=True)
-    remove = [_remove_row(storage, checkpoint.name, "expired by the policy") for checkpoint in decision.expire]
-    return keep, remove
+    return keep, {checkpoint.name: "expired by the policy" for checkpoint in decision.expire}
 
 
-def _read_head(storage: Storage, name: str) -> ManifestHead | None:
-    try:
-        return read_head(storage, f"{name}/{MANIFEST_NAME}")
-    except (CorruptCheckpointError, FormatVersionError, StorageError):
-        return None  # The plan shows it as kept, with the command that says what is wrong.
-
-
-def _remove_row(storage: Storage, name: str, reason: str) -> RemoveRow:
-    head = _read_head(storage, name)
-    return RemoveRow(name, reason, None if head is None else head.size_bytes)
+def _remove_row(heads: Heads, name: str, reason: str) -> RemoveRow:
+    head = heads[name]
+    return RemoveRow(name, reason, head.size_bytes if isinstance(head, ManifestHead) else None)

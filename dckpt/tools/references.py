@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from dckpt.errors import StorageError
+from dckpt.catalog.catalog import Catalog
+from dckpt.errors import CorruptCheckpointError, FormatVersionError, StorageError, StorageMissingError
 from dckpt.findings import Finding
 from dckpt.format.index import LayoutIndex
 from dckpt.format.layout import MANIFEST_NAME
@@ -65,6 +66,30 @@ def _stray_finding(key: str) -> Finding:
         remedy="Find out who wrote it; dckpt does not read it.",
         message=f"{key}: stray, the manifest does not name it.",
     )
+
+
+def check_places(storage: Storage, name: str, manifest: Manifest) -> list[Damage]:
+    """Files that lie in other checkpoints: those are there, and hold these very files themselves."""
+    damages = []
+    for place in manifest.references:
+        files = [entry for entry in manifest.files if entry.checkpoint == place]
+        ranks = tuple(sorted({entry.rank for entry in files if entry.rank is not None}))
+        key = f"{place}/{MANIFEST_NAME}"
+        try:
+            target, _ = Catalog(storage).read_manifest(place)
+        except StorageMissingError:
+            what = f"missing: {len(files)} files of {name} lie in this checkpoint, which is gone"
+            damages.append(Damage(file=key, what=what, ranks=ranks))
+            continue
+        except (CorruptCheckpointError, FormatVersionError, StorageError):
+            continue  # Damage of that checkpoint. The bytes that lie there are judged by this one's own checksums.
+        own = {(entry.path, entry.size, entry.digest) for entry in target.files if entry.checkpoint is None}
+        damages += [
+            Damage(file=entry.key_in(name), what=f"{name} refers to it, and it is no file of {place}", ranks=ranks)
+            for entry in files
+            if (entry.path, entry.size, entry.digest) not in own
+        ]
+    return damages
 
 
 def check_references(manifest: Manifest, index: LayoutIndex, *, key: str) -> list[Damage]:

@@ -43,6 +43,10 @@ class FileRow:
     rank: int | None
     size_bytes: int
     digest: str
+    checkpoint: str | None
+    """The other checkpoint in which the file lies."""
+    reused: int
+    """How many checkpoints in a row took it over unchanged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +126,7 @@ def show_checkpoint(target: Target, *, with_tensors: bool = False) -> Checkpoint
         rng=tuple(RngRow(stream, axes) for stream, axes in sorted(manifest.rng.items())),
         metrics=manifest.metrics,
         facts=manifest.facts,
-        files=tuple(FileRow(f.path, f.kind, f.rank, f.size, f.digest) for f in manifest.files),
+        files=tuple(FileRow(f.path, f.kind, f.rank, f.size, f.digest, f.checkpoint, f.reused) for f in manifest.files),
         total_bytes=manifest.total_bytes,
         num_tensors=len(index),
         num_chunks=index.num_chunks,

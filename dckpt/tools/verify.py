@@ -30,7 +30,7 @@ from dckpt.tools.damage import (
     ranks_of,
     sorted_damages,
 )
-from dckpt.tools.references import check_references, check_strays
+from dckpt.tools.references import check_places, check_references, check_strays
 
 Verdict = Literal["COMPLETE", "PARTIAL", "CORRUPT", "UNREADABLE"]
 
@@ -112,10 +112,11 @@ class _Check:
         damages, findings = check_strays(self.storage, self.name, self.manifest)
         self.damages += damages
         self.findings += findings
+        self.damages += check_places(self.storage, self.name, self.manifest)
         self.index = self._read_index(self.manifest)
         if self.index is not None:
             self.damages += check_references(self.manifest, self.index, key=self._index_key(self.manifest))
-        sums = {entry.path: self._read_sums(self.manifest, entry) for entry in self.manifest.shard_entries}
+        sums = {entry.name: self._read_sums(self.manifest, entry) for entry in self.manifest.shard_entries}
         if self.is_quick:
             for entry in self.manifest.shard_entries:
                 self._check_quickly(entry)
@@ -147,7 +148,7 @@ class _Check:
         return self._key(manifest.index_entry)
 
     def _key(self, entry: FileEntry) -> str:
-        return f"{entry.checkpoint or self.name}/{entry.path}"
+        return entry.key_in(self.name)
 
     def _read_index(self, manifest: Manifest) -> LayoutIndex | None:
         key = self._index_key(manifest)
@@ -160,7 +161,7 @@ class _Check:
             return None
 
     def _read_sums(self, manifest: Manifest, shard: FileEntry) -> Sums | None:
-        entry = manifest.sums_entry(shard.path)
+        entry = manifest.sums_entry(shard)
         key = self._key(entry)
         try:
             data = read_checked(self.storage, self.name, entry)
@@ -180,7 +181,7 @@ class _Check:
 
     def _scan_shards(self, manifest: Manifest, sums: dict[str, Sums | None]) -> None:
         shards = {self._key(entry): entry for entry in manifest.shard_entries}
-        items = [ScanItem(key, entry.digest, sums[entry.path]) for key, entry in shards.items()]
+        items = [ScanItem(key, entry.digest, sums[entry.name]) for key, entry in shards.items()]
         for item, result in scan_files(self.storage, items, on_bytes=self.watch.on_bytes):
             shard = shards[item.key]
             if isinstance(result, FileScan):
@@ -225,7 +226,7 @@ class _Check:
         assert self.manifest is not None
         key = self._key(shard)
         try:
-            with VerifiedFile(self.storage, self.name, shard, self.manifest.sums_entry(shard.path)) as file:
+            with VerifiedFile(self.storage, self.name, shard, self.manifest.sums_entry(shard)) as file:
                 needed = header_bytes_needed(bytes(file.read(0, min(8, shard.size))), file_bytes=shard.size, key=key)
                 prefix = bytes(file.read(0, needed))
             self.bytes_read += len(prefix)
@@ -255,7 +256,7 @@ class _Check:
         """The shard's number in the index, whose names are relative to the attempt's directory."""
         if self.index is None:
             return None
-        name = shard.path.split("/", 1)[1]
+        name = shard.name
         return self.index.files.index(name) if name in self.index.files else None
 
     def _extents(self, shard: FileEntry, header: ShardHeader | None) -> Extents:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         ComponentRow,
         DamageRow,
         Details,
+        FileRow,
         GenerationRow,
         LeftoverRow,
         Listing,
@@ -112,6 +113,10 @@ def _text(text: str, style: str = "") -> RenderableType:
 
 def _listing_parts(listing: Listing, now_unix_s: float) -> Iterable[RenderableType]:
     yield _text(f"{listing.url}: {format_count(len(listing.checkpoints), 'checkpoint')}", "bold")
+    shared = sum(row.shared_bytes for row in listing.checkpoints)
+    if shared:
+        total = format_bytes(listing.total_bytes)
+        yield _text(f"{total} in all; {format_bytes(shared)} of unchanged files are shared and stored once.")
     if listing.checkpoints:
         yield _listing_table(listing, now_unix_s)
     for row in listing.checkpoints:
@@ -129,7 +134,8 @@ def _listing_table(listing: Listing, now_unix_s: float) -> Table:
     from rich.text import Text
 
     metrics = sorted({name for row in listing.checkpoints for name in row.metrics})
-    numbers = ("step", "gen", "saved", "size", "ranks")
+    has_shared = any(row.shared_bytes for row in listing.checkpoints)
+    numbers = ("step", "gen", "saved", "size", *(["shared"] if has_shared else []), "ranks")
     table = _table(*numbers, "state", *metrics, right=(*numbers, *metrics))
     for row in listing.checkpoints:
         age = "?" if row.created_unix_s is None else format_age(now_unix_s - row.created_unix_s)
@@ -139,6 +145,7 @@ def _listing_table(listing: Listing, now_unix_s: float) -> Table:
             str(row.generation),
             age,
             format_bytes(row.size_bytes),
+            *([format_bytes(row.shared_bytes) if row.shared_bytes else ""] if has_shared else []),
             "?" if row.world_size is None else str(row.world_size),
             state,
             *(format_number(row.metrics[name]) if name in row.metrics else "" for name in metrics),
@@ -192,11 +199,7 @@ def _details_parts(details: Details, now_unix_s: float) -> Iterable[RenderableTy
             yield from ([_text(""), _text(title, "bold")] if title else [])
             yield _facts_grid(rows)
     yield _text("")
-    files = _table("file", "kind", "rank", "size", "digest", right=("rank", "size"))
-    for file in details.files:
-        rank = "" if file.rank is None else str(file.rank)
-        files.add_row(file.path, file.kind, rank, format_bytes(file.size_bytes), file.digest)
-    yield files
+    yield _file_table(details.files)
     if details.tensors is not None:
         yield _text("")
         tensors = _table("tensor", "dtype", "shape", "chunks", "files", right=("chunks",))
@@ -204,6 +207,21 @@ def _details_parts(details: Details, now_unix_s: float) -> Iterable[RenderableTy
             shape = str(list(tensor.shape))
             tensors.add_row(tensor.name, tensor.dtype, shape, str(tensor.num_chunks), format_names(tuple(tensor.files)))
         yield tensors
+
+
+def _file_table(rows: Sequence[FileRow]) -> Table:
+    has_reused = any(row.reused for row in rows)
+    table = _table(
+        *("file", "kind", "rank", "size", "digest", *(["unchanged for"] if has_reused else [])), right=("rank", "size")
+    )
+    for row in rows:
+        rank = "" if row.rank is None else str(row.rank)
+        reused = format_count(row.reused, "save") if row.reused else ""
+        where = f"{row.checkpoint}/{row.path}" if row.checkpoint else row.path
+        table.add_row(
+            where, row.kind, rank, format_bytes(row.size_bytes), row.digest, *([reused] if has_reused else [])
+        )
+    return table
 
 
 def _identity(details: Details, now_unix_s: float) -> list[tuple[str, str]]:

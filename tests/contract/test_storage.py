@@ -251,6 +251,68 @@ def test_create_file_refuses_a_taken_name_and_a_missing_directory(storage: Stora
     assert storage.read_bytes("file", limit=5) == b"first"
 
 
+def test_a_link_is_one_more_name_and_each_outlives_the_other(storage: Storage):
+    storage.make_dirs("old")
+    storage.make_dirs("new")
+    write_file(storage, "old/file", b"bytes")
+
+    if not storage.link("old/file", "new/other name"):
+        assert storage.list_dir("new") == [], "refused: nothing was made"
+        pytest.skip("this storage has no second names")
+    storage.sync_dir("new")
+    assert storage.read_bytes("new/other name", limit=5) == b"bytes"
+    storage.discard("old")
+    assert storage.read_bytes("new/other name", limit=5) == b"bytes"
+    assert storage.link("new/other name", "again")
+    storage.discard("new")
+
+    assert storage.read_bytes("again", limit=5) == b"bytes"
+
+
+def test_a_link_replaces_nothing_and_needs_a_source_and_a_directory(storage: Storage):
+    write_file(storage, "file", b"first")
+    write_file(storage, "taken", b"other")
+    storage.make_dirs("directory")
+
+    if not storage.link("file", "second"):
+        pytest.skip("this storage has no second names")
+    for source, target, kind in (
+        ("file", "taken", KeyExistsError),
+        ("none", "new", StorageMissingError),
+        ("file", "none/new", StorageMissingError),
+        ("directory", "new", CorruptCheckpointError),
+    ):
+        with pytest.raises(kind):
+            storage.link(source, target)
+
+    assert storage.read_bytes("taken", limit=5) == b"other"
+    assert [entry.name for entry in storage.list_dir()] == ["directory", "file", "second", "taken"]
+
+
+@pytest.mark.parametrize("writer", ["create", "create_file", "create_file large", "stage_manifest", "link"])
+def test_every_writer_refuses_a_name_that_is_taken_and_leaves_the_bytes_of_all_its_names(storage: Storage, writer: str):
+    """A name may be one of several of a file that other checkpoints share: nothing is ever written through it."""
+    storage.make_dirs("old")
+    storage.make_dirs("new")
+    write_file(storage, "old/file", b"shared")
+    name = "new/manifest.json"
+    if not storage.link("old/file", name):
+        pytest.skip("this storage has no second names")
+    write_file(storage, "other", b"x" * 6)
+
+    with pytest.raises(KeyExistsError):
+        {
+            "create": lambda: storage.create(name, b"y" * 6),
+            "create_file": lambda: storage.create_file(name),
+            "create_file large": lambda: storage.create_file(name, is_large=True),
+            "stage_manifest": lambda: storage.stage_manifest("new", b"y" * 6),
+            "link": lambda: storage.link("other", name),
+        }[writer]()
+
+    assert storage.read_bytes("old/file", limit=6) == b"shared"
+    assert storage.read_bytes(name, limit=6) == b"shared"
+
+
 def test_list_dir_is_sorted_and_tells_directories_from_files(storage: Storage):
     storage.create("b", b"22")
     storage.make_dirs("a/inner")
@@ -336,6 +398,21 @@ def test_discard_removes_trees_and_files_and_does_nothing_twice(storage: Storage
 
     assert [entry.name for entry in storage.list_dir()] == ["pins"]
     assert storage.list_dir("pins") == []
+
+
+def test_discard_goes_over_an_announcement_and_not_at_all_without_it(storage: Storage):
+    storage.publish(stage(storage), NAME, b"manifest")
+    announced = f".trash-{'b' * 32}/{NAME}"
+
+    with pytest.raises(StorageMissingError, match="trash"):
+        storage.discard(NAME, onto=announced)
+    assert storage.read_bytes(f"{NAME}/manifest.json", limit=100) == b"manifest"
+
+    storage.make_dirs(announced)
+    storage.discard(NAME, onto=announced)
+    storage.discard(NAME, onto=announced)
+    storage.discard(announced.partition("/")[0])
+    assert storage.list_dir() == []
 
 
 def test_free_bytes_is_a_number_or_unknown(storage: Storage):

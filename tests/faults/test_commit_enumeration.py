@@ -7,6 +7,7 @@ The histories are recorded from the real code: `LocalStorage`, `Transaction`, `w
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from tests.support.commits import (
     RUN,
     commit,
     ensure_whole,
+    life_of_a_fine_tuning,
+    life_of_a_fine_tuning_without_links,
     life_of_a_run,
     make_record,
     promise_commit,
@@ -31,7 +34,7 @@ from tests.support.commits import (
     start_generation,
 )
 from tests.support.crash_states import MODELS, Explorer, Files, drop_syncs
-from tests.support.recording import KilledError, Operation, RecordingPosix, Sync
+from tests.support.recording import KilledError, NameChange, Operation, RecordingPosix, Sync
 
 # --- what may be found afterwards
 
@@ -212,6 +215,8 @@ def killed_between_trash_and_sync_then_swept(base: Path) -> RecordingPosix:
 
 HISTORIES: tuple[Callable[[Path], RecordingPosix], ...] = (
     life_of_a_run,
+    life_of_a_fine_tuning,
+    life_of_a_fine_tuning_without_links,
     killed_after_making_the_root,
     killed_after_making_the_root_then_a_generation,
     killed_within_making_a_root_in_place,
@@ -259,6 +264,21 @@ def test_every_fsync_of_the_protocol_is_needed(recorded: dict[str, list[Operatio
 
     assert not unneeded
     assert len(sites) >= 15, sites
+
+
+def test_the_directory_into_which_a_file_is_linked_must_be_synced(recorded: dict[str, list[Operation]]):
+    """The linked file itself was synced by the save that wrote it; its new name was not."""
+    operations = recorded["life_of_a_fine_tuning"]
+    names = [op for op in operations if isinstance(op, NameChange) and op.changes[0][1] == "rank00000-1.safetensors"]
+    written, linked = names[0], names[1]
+    assert written.changes[0][2] == linked.changes[0][2], "one file, two names"
+    (directory, _, _) = linked.changes[0]
+    careless = [op for op in operations if not (isinstance(op, Sync) and op.inode == directory)]
+    assert len(careless) < len(operations)
+
+    found = (violation.problem for violation in Explorer(careless, examine).violations("weak"))
+    torn = f"visible but not whole: step-0000000200.g0001/{'[0-9a-f]' * 32}/rank00000-1.safetensors"
+    assert any(re.match(torn, problem) for problem in found)
 
 
 def is_noticed_without(recorded: dict[str, list[Operation]], site: str) -> bool:

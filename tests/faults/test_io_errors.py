@@ -11,9 +11,9 @@ import pytest
 from dckpt.catalog.catalog import Catalog
 from dckpt.catalog.prune import expire, find_leftovers, sweep
 from dckpt.errors import DckptError, StorageError, StorageFullError, UnknownOutcomeError
-from dckpt.format.layout import GENERATIONS_DIR
+from dckpt.format.layout import GENERATIONS_DIR, checkpoint_name
 from dckpt.storage.local import LocalStorage
-from tests.support.commits import commit, ensure_whole, start_generation
+from tests.support.commits import Base, commit, ensure_whole, start_generation
 from tests.support.recording import FailingPosix
 
 REFUSED = [
@@ -34,7 +34,7 @@ LANDED = [
 
 
 def save(storage: LocalStorage) -> str:
-    return commit(storage, 200, start_generation(storage))
+    return commit(storage, 200, start_generation(storage), base=Base(checkpoint_name(100, 1)))
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_a_failed_call_is_a_typed_error_and_harms_no_checkpoint(tmp_path: Path, 
         root = tmp_path / f"run{number}"
         healthy = LocalStorage(root)
         healthy.ensure_root()
-        first = commit(healthy, 100, start_generation(healthy))
+        first = commit(healthy, 100, start_generation(healthy), base=Base())
         posix = FailingPosix(kind=kind, errno=code, at=number, lands=lands)
         try:
             saved = save(LocalStorage(root, posix))

@@ -81,9 +81,12 @@ class SmallRun:
         self.model = nn.Sequential(nn.Linear(8, 17), nn.Dropout(0.1), nn.Linear(17, 8))
         # Moves at each step, so that a file of one step is never mistaken for that of another.
         self.model.register_buffer("bulk", torch.arange(bulk_bytes // 8))
+        # Never moves: its file is taken over from checkpoint to checkpoint.
+        self.model.register_parameter("frozen", nn.Parameter(torch.arange(64.0), requires_grad=False))
         if world_size > 1:
             fully_shard(self.model)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.01, foreach=False)
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=0.01, foreach=False)
         self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, step_size=3, gamma=0.9)
         self.data = DataPosition()
         self.progress = dckpt.TrainProgress(

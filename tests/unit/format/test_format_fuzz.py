@@ -77,22 +77,24 @@ def origins(draw):
 def manifests(draw):
     world_size = draw(st.integers(1, 5))
     attempt = draw(hex32)
+    is_of_run = draw(st.booleans())
     files = []
     for rank in range(world_size):
         for part in range(draw(st.integers(0, 2))):
-            path, size = f"{attempt}/{shard_file_name(rank, part)}", draw(st.integers(0, 2**62 - 1))
-            files.append(FileEntry(path, size, draw(hex32), "shard", rank))
+            size, reused = draw(st.integers(0, 2**62 - 1)), draw(st.integers(0, 999_999)) if is_of_run else 0
+            place = checkpoint_name(draw(st.integers(0, 3)), 1) if reused and draw(st.booleans()) else None
+            path = f"{draw(hex32) if place else attempt}/{shard_file_name(rank, part)}"
+            files.append(FileEntry(path, size, draw(hex32), "shard", rank, place, reused))
             sums_bytes = sums_file_bytes(size)
-            files.append(FileEntry(sums_file_name(path), sums_bytes, draw(hex32), "sums", rank))
+            files.append(FileEntry(sums_file_name(path), sums_bytes, draw(hex32), "sums", rank, place))
     digest = draw(hex32)
     files.append(FileEntry(index_file_name(digest), draw(st.integers(0, 2**40)), digest, "index", None))
-    is_of_run = draw(st.booleans())
     has_mesh = draw(st.booleans())
     return Manifest(
         run_id=draw(component) if is_of_run else None,
         step=draw(st.integers(0, 10**10 - 1)) if is_of_run else draw(st.none() | st.integers(0, 100)),
         micro_step=draw(st.integers(0, 999_999)),
-        generation=draw(st.integers(1, 999_999)) if is_of_run else 0,
+        generation=draw(st.integers(2, 999_999)) if is_of_run else 0,  # above those of the references
         attempt=attempt,
         created_unix_s=draw(st.floats(0, 1e12)),
         world_size=world_size,

@@ -21,6 +21,7 @@ from dckpt.format.manifest import (
 from tests.unit.format.builders import ATTEMPT, DIGEST, a_manifest, an_origin, forge_sealed
 
 KEY = "step-0000001200.g0007/manifest.json"
+OLD = "ab" * 16
 
 
 def as_json(**changes):
@@ -45,7 +46,7 @@ def test_a_manifest_round_trips():
     assert found.id == CheckpointId(step=1200, micro_step=0, generation=7)
     assert found.index_entry.kind == "index"
     assert [shard.rank for shard in found.shard_entries] == [0, 1]
-    sums = found.sums_entry(found.shard_entries[1].path)
+    sums = found.sums_entry(found.shard_entries[1])
     assert (sums.kind, sums.rank, sums.path) == ("sums", 1, f"{ATTEMPT}/rank00001.sums")
     assert found.total_bytes == sum(file.size for file in found.files)
 
@@ -82,19 +83,83 @@ def test_the_digest_covers_the_complete_file():
     assert manifest_digest(data) == hashlib.sha256(data).hexdigest()
 
 
+def taken_over(place, **changes):
+    """`files` in which the shard at `place` and its sums lie in another checkpoint; with changes in the shard's entry."""
+    files = as_json()["files"]
+    for number in (place, place + 1):
+        files[number] |= {"path": files[number]["path"].replace(ATTEMPT, OLD), "checkpoint": "step-0000001100.g0007"}
+    files[place] |= {"reused": 1}
+    files[place] = {key: value for key, value in (files[place] | changes).items() if value != "REMOVED"}
+    return files
+
+
 def test_a_file_of_another_checkpoint_may_be_named():
-    """Reserved for the reuse of whole files: a writer of a larger world may have written them."""
+    """A writer of a larger world may have written it."""
     manifest = a_manifest()
-    old = "ab" * 16
     reused = tuple(
-        replace(file, path=file.path.replace(ATTEMPT, old), rank=9, checkpoint="step-0000001100.g0007")
+        replace(
+            file,
+            path=file.path.replace(ATTEMPT, OLD),
+            rank=9,
+            checkpoint="step-0000001100.g0007",
+            reused=3 * (file.kind == "shard"),
+        )
         if file.rank == 1
         else file
         for file in manifest.files
     )
     manifest = a_manifest(files=reused)
+    found = parse_manifest(encode_manifest(manifest), key=KEY)
+
+    assert found == manifest
+    assert found.references == ("step-0000001100.g0007",)
+    assert found.sums_entry(found.shard_entries[1]).checkpoint == "step-0000001100.g0007"
+    assert a_manifest().references == ()
+
+
+def test_a_linked_file_tells_how_often_it_was_taken_over():
+    linked = tuple(replace(file, reused=9) if file.kind == "shard" else file for file in a_manifest().files)
+    manifest = a_manifest(files=linked)
 
     assert parse_manifest(encode_manifest(manifest), key=KEY) == manifest
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"reused": "REMOVED"}, "files[0].reused"),
+        ({"reused": 0}, "files[0].reused"),
+        ({"reused": True}, "files[0].reused"),
+        ({"reused": 10**6}, "files[0].reused"),
+        ({"checkpoint": "step-0000001200.g0007"}, f"files, {OLD}/rank00000.safetensors"),
+        ({"checkpoint": "step-1100"}, "files[0].checkpoint"),
+        ({"checkpoint": "REMOVED"}, f"files, {OLD}/rank00000.safetensors"),
+        ({"path": f"{OLD}/rank00001.safetensors"}, "files"),
+        ({"path": "rank00000.safetensors"}, "files, rank00000.safetensors"),
+    ],
+)
+def test_a_forged_reference_is_named(changes, field):
+    with pytest.raises(CorruptCheckpointError) as caught:
+        parse_manifest(forge_sealed(as_json(files=taken_over(0, **changes))), key=KEY)
+
+    assert (caught.value.key, caught.value.field) == (KEY, field)
+
+
+def test_a_checkpoint_may_not_refer_to_itself():
+    files = taken_over(0)
+    for file in files[:2]:
+        file["checkpoint"] = "step-0000001200.g0007"
+
+    with pytest.raises(CorruptCheckpointError, match="another checkpoint than its own"):
+        parse_manifest(forge_sealed(as_json(files=files)), key=KEY)
+
+
+@pytest.mark.parametrize("files", [entry(0, reused=1), taken_over(0)], ids=["link", "reference"])
+def test_a_stand_alone_checkpoint_takes_no_file_over(files):
+    alone = {"run_id": None, "generation": 0, "files": files}
+
+    with pytest.raises(CorruptCheckpointError, match="stand-alone"):
+        parse_manifest(forge_sealed(as_json(**alone)), key=KEY)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +264,11 @@ def test_a_forged_field_is_named(changes, field):
         (0, {"mode": 0o777}, "files[0].mode"),
         (0, {"checkpoint": "../other"}, "files[0].checkpoint"),
         (0, {"checkpoint": None}, "files[0].checkpoint"),
-        (0, {"checkpoint": "step-0000001100.g0007"}, f"files, {ATTEMPT}/rank00000.safetensors"),
+        (0, {"checkpoint": "step-0000001100.g0007"}, "files[0].reused"),
+        (0, {"checkpoint": "step-0000001100.g0007", "reused": 1}, f"files, {ATTEMPT}/rank00000.safetensors"),
+        (1, {"reused": 1}, "files[1].reused"),
+        (4, {"reused": 1}, "files[4].reused"),
+        (4, {"checkpoint": "step-0000001100.g0007"}, "files[4].checkpoint"),
         (4, {"path": "layout.index"}, "files, layout.index"),
         (4, {"digest": "ab" * 16}, f"files, layout-{DIGEST}.index"),
         (4, {"rank": 0}, "files[4].rank"),

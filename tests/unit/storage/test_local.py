@@ -24,6 +24,7 @@ from dckpt.format import layout
 from dckpt.storage import base
 from dckpt.storage.local import LocalStorage
 from dckpt.storage.posix import Posix, storage_error
+from tests.support.recording import FailingPosix
 
 NAME = "step-0000000100.g0001"
 
@@ -238,6 +239,43 @@ def test_without_hard_links_a_failed_create_leaves_no_torn_file(tmp_path: Path):
 
     assert storage.list_dir("generations") == []
     storage.create("generations/000001.json", b"again")
+
+
+@pytest.mark.parametrize(
+    "code", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV], ids=errno.errorcode.get
+)
+def test_a_link_that_the_file_system_refuses_is_an_answer_and_makes_nothing(tmp_path: Path, code: int):
+    storage = LocalStorage(tmp_path, FailingPosix(kind="link", errno=code, at=1))
+    (tmp_path / "file").write_bytes(b"x")
+
+    assert storage.link("file", "second") is False
+    assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.ETIMEDOUT, errno.ENOENT, errno.EACCES])
+def test_a_link_that_fails_otherwise_is_a_typed_error(tmp_path: Path, code: int):
+    storage = LocalStorage(tmp_path, FailingPosix(kind="link", errno=code, at=1))
+    (tmp_path / "file").write_bytes(b"x")
+
+    with pytest.raises(StorageError, match=r"link .*/file to .*/second") as caught:
+        storage.link("file", "second")
+    assert caught.value.code == code
+
+
+def test_a_link_whose_first_answer_was_lost_is_made(tmp_path: Path):
+    storage = LocalStorage(tmp_path, FailingPosix(kind="link", errno=errno.EEXIST, at=1, lands=True))
+    (tmp_path / "file").write_bytes(b"x")
+
+    assert storage.link("file", "second") is True
+    assert (tmp_path / "second").samefile(tmp_path / "file")
+
+
+def test_a_symbolic_link_gets_no_second_name(tmp_path: Path):
+    (tmp_path / "file").symlink_to("/etc/hostname")
+
+    with pytest.raises(CorruptCheckpointError):
+        LocalStorage(tmp_path).link("file", "second")
+    assert os.listdir(tmp_path) == ["file"]
 
 
 def test_short_writes_are_continued_and_a_write_of_nothing_is_an_error(tmp_path: Path):

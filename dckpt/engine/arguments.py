@@ -1,0 +1,67 @@
+"""What `Checkpointer` is given, checked: each error says what was expected, and what to write instead."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+
+from dckpt.errors import ConfigError
+from dckpt.format.layout import MANIFEST_NAME, parse_checkpoint_name
+
+log = logging.getLogger(__name__)
+
+EXAMPLES = {"save": "dckpt.Every(steps=500)", "retention": "dckpt.Retention(last=3)"}
+
+
+def place_of_run(root: str | os.PathLike[str]) -> str:
+    """The run's place. A checkpoint inside a run is not one: saving there would grow a run within a committed step."""
+    if not isinstance(root, str | os.PathLike):
+        raise ConfigError(f"Checkpointer(root): expected a path or URL, found {type(root).__name__}.")
+    place = os.path.expanduser(os.fspath(root))
+    run, _, name = place.rstrip("/").rpartition("/")
+    if parse_checkpoint_name(name) is not None:
+        raise ConfigError(
+            f"Checkpointer({place!r}): expected the directory of a run, found one of its checkpoints. To continue from it: "
+            f"Checkpointer({run or '.'!r}) and checkpointer.load(state, step={name!r})."
+        )
+    if name == "generations" or os.path.exists(os.path.join(place, MANIFEST_NAME)):
+        raise ConfigError(
+            f"Checkpointer({place!r}): expected the directory of a run, found a part of one or a stand-alone checkpoint. "
+            "Choose another root."
+        )
+    return place
+
+
+def ensure_count(name: str, found: int) -> None:
+    """At least 1."""
+    if found < 1:
+        raise ConfigError(f"Checkpointer({name}=): expected at least 1, found {found}.")
+
+
+def ensure_kind(name: str, found: object, kind: type) -> None:
+    """None, or one of our own objects: `EXAMPLES` shows it."""
+    if found is not None and not isinstance(found, kind):
+        raise ConfigError(
+            f"Checkpointer({name}=): expected a dckpt.{kind.__name__}, such as {EXAMPLES[name]}, found {found!r:.100}."
+        )
+
+
+def ensure_choice(name: str, found: str, choices: tuple[str, ...]) -> None:
+    """One of a few words."""
+    if found not in choices:
+        raise ConfigError(f"Checkpointer({name}=): expected one of {', '.join(choices)}, found {found!r}.")
+
+
+def neighbouring_runs(place: str) -> list[str]:
+    """Up to three runs beside `place` with a similar name; only looked for when nothing was found."""
+    parent = os.path.dirname(place.rstrip("/"))
+    try:
+        with os.scandir(parent) as entries:
+            found = [entry.path for entry in entries if os.path.isdir(os.path.join(entry.path, "generations"))]
+    except OSError as error:
+        log.debug("cannot look beside %s: %s", place, error)
+        return []
+    names = {os.path.basename(path): path for path in found if path != place.rstrip("/")}
+    similar = difflib.get_close_matches(os.path.basename(place.rstrip("/")), list(names), n=3, cutoff=0.6)
+    return [names[name] for name in similar]

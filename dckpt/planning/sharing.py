@@ -19,8 +19,10 @@ from dckpt.planning.pieces import FileChunks
 from dckpt.planning.wants import Ints, Wants
 
 SURPLUS = 0.03
-STRIPE_BLOCKS_MIN = 16  # 1 MiB: below, a message costs more than its bytes
-STRIPE_BLOCKS_MAX = 32  # 2 MiB: what a reader holds at once, times its threads, is its memory
+STRIPE_BLOCKS_MIN = 8  # 512 KiB: below, a message costs more than its bytes
+STRIPE_BLOCKS_MAX = (
+    16  # 1 MiB: what a reader holds at once, times its slots, is memory that is touched for the first time
+)
 PEERS_MAX = 32  # ranks that share one stripe; more of them read it once for each such group
 
 

@@ -104,7 +104,9 @@ def _takers(wants: Wants, runs: _Runs, run: int, rank: int, known: dict[bytes, t
 
 def _cut_shared(file: int, size: int, begin: int, end: int, takers: tuple[int, ...], turn: int) -> Iterator[Stripe]:
     blocks = end - begin
-    count = max(1, min(len(takers), blocks // STRIPE_BLOCKS_MIN), -(-blocks // STRIPE_BLOCKS_MAX))
+    # As many for each taker, if they are not too small for that: less than twice the minimum is at most the maximum.
+    turns_each = -(-blocks // (len(takers) * STRIPE_BLOCKS_MAX))
+    count = max(1, min(turns_each * len(takers), blocks // STRIPE_BLOCKS_MIN))
     edges = [begin + number * blocks // count for number in range(count + 1)]
     for number in range(count):
         yield Stripe(

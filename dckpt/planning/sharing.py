@@ -18,7 +18,7 @@ from dckpt.format.checksum import BLOCK_BYTES
 from dckpt.planning.pieces import FileChunks
 from dckpt.planning.wants import Ints, Wants
 
-SURPLUS = 0.03
+SURPLUS = 0.04
 STRIPE_BLOCKS_MIN = 8  # 512 KiB: below, a message costs more than its bytes
 STRIPE_BLOCKS_MAX = (
     16  # 1 MiB: what a reader holds at once, times its slots, is memory that is touched for the first time

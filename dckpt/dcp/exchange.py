@@ -19,7 +19,7 @@ from dckpt.planning.sharing import STRIPE_BLOCKS_MAX, Stripe
 from dckpt.planning.wants import Wants
 
 READER_THREADS = 4
-NUM_SLOTS = 2 * READER_THREADS  # one being read, one being copied out by the others
+NUM_SLOTS = READER_THREADS + 2  # being read, and being copied out by the others
 SLOT_BYTES = STRIPE_BLOCKS_MAX * BLOCK_BYTES
 FILES_AT_ONCE = 32
 SLICE_S = 0.25
@@ -27,7 +27,7 @@ JOIN_S = 5.0
 
 
 def make_arena() -> Arena:
-    """Memory for the stripes that a rank reads: 16 MiB, whatever it loads."""
+    """Memory for the stripes that a rank reads: 6 MiB, whatever it loads; new memory costs more than the copies into it."""
     return Arena(NUM_SLOTS, SLOT_BYTES)
 
 

@@ -18,9 +18,11 @@ from dckpt.format.checksum import BLOCK_BYTES
 from dckpt.planning.pieces import FileChunks
 from dckpt.planning.wants import Ints, Wants
 
-SURPLUS = 0.03
-STRIPE_BLOCKS_MIN = 16  # 1 MiB: below, a message costs more than its bytes
-STRIPE_BLOCKS_MAX = 32  # 2 MiB: what a reader holds at once, times its threads, is its memory
+SURPLUS = 0.04
+STRIPE_BLOCKS_MIN = 8  # 512 KiB: below, a message costs more than its bytes
+STRIPE_BLOCKS_MAX = (
+    16  # 1 MiB: what a reader holds at once, times its slots, is memory that is touched for the first time
+)
 PEERS_MAX = 32  # ranks that share one stripe; more of them read it once for each such group
 
 
@@ -102,7 +104,9 @@ def _takers(wants: Wants, runs: _Runs, run: int, rank: int, known: dict[bytes, t
 
 def _cut_shared(file: int, size: int, begin: int, end: int, takers: tuple[int, ...], turn: int) -> Iterator[Stripe]:
     blocks = end - begin
-    count = max(1, min(len(takers), blocks // STRIPE_BLOCKS_MIN), -(-blocks // STRIPE_BLOCKS_MAX))
+    # As many for each taker, if they are not too small for that: less than twice the minimum is at most the maximum.
+    turns_each = -(-blocks // (len(takers) * STRIPE_BLOCKS_MAX))
+    count = max(1, min(turns_each * len(takers), blocks // STRIPE_BLOCKS_MIN))
     edges = [begin + number * blocks // count for number in range(count + 1)]
     for number in range(count):
         yield Stripe(

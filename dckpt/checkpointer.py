@@ -216,7 +216,7 @@ class Checkpointer:
         """Saves `state` as `step` (default: `state.progress.step`); every rank must call it.
 
         Returns once this rank's part is copied, so the state may change again (but see `overlap`); with `blocking`, once the
-        outcome is known, and nothing but a few pieces of 8 MiB is copied. One save is in flight: an earlier one is waited
+        outcome is known, and nothing but a few pieces of 16 MiB is copied. One save is in flight: an earlier one is waited
         for first. The same step saved again without an optimizer step between returns the same `PendingSave`. A failed save
         is in `.outcome` and `.error` (see `on_save_error`).
 

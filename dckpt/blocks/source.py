@@ -6,14 +6,16 @@ import contextlib
 import mmap
 import queue
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from dckpt.blocks.buffer import Pin
 from dckpt.format.shard_file import ShardFilePlan
 
-PIECE_BYTES = 8 * 2**20
-"""The largest piece that is asked for: one write call."""
+IN_PLACE_VIEWS_MAX = 64  # more calls of the kernel for a piece cost more than its copy
+
+PIECE_BYTES = 16 * 2**20
+"""The largest piece that is asked for: one write call, which the device takes faster than two of half the size."""
 
 
 class PieceMemory:
@@ -83,6 +85,10 @@ class FileSource(Protocol):
         """
         ...
 
+    def in_place(self, begin: int, end: int) -> Sequence[memoryview] | None:
+        """The same bytes where they lie already, in order; None if some would have to be copied or they lie in many places."""
+        ...
+
 
 def parts_of_piece(plan: ShardFilePlan, begin: int, piece: memoryview) -> Iterator[tuple[int, int, memoryview]]:
     """Fills `piece`, which begins at byte `begin` of a shard file, with what of the header lies in it; yields the rest.
@@ -91,16 +97,21 @@ def parts_of_piece(plan: ShardFilePlan, begin: int, piece: memoryview) -> Iterat
     the piece). Pieces begin at multiples of 4096 and every tensor at a multiple of its item size (FORMAT.md, section 5), so
     no element is ever cut in two.
     """
-    end = begin + len(piece)
     if begin < len(plan.header):
-        part = plan.header[begin:end]
+        part = plan.header[begin : begin + len(piece)]
         piece[: len(part)] = part
+    for number, offset, first, last in ranges_of_piece(plan, begin, begin + len(piece)):
+        yield number, offset, piece[first:last]
+
+
+def ranges_of_piece(plan: ShardFilePlan, begin: int, end: int) -> Iterator[tuple[int, int, int, int]]:
+    """As `parts_of_piece`, the place in the piece as (first, last); ascending, and without gaps after the header."""
     number = max(0, bisect_right(plan.begins, begin) - 1)
     while number < len(plan.begins) and plan.begins[number] < end:
         at = plan.begins[number]
         first, last = max(begin, at), min(end, at + plan.tensors[number].nbytes)
         if first < last:
-            yield number, first - at, piece[first - begin : last - begin]
+            yield number, first - at, first - begin, last - begin
         number += 1
 
 
@@ -119,3 +130,7 @@ class ImageSource:
         """A view of the image; nothing is copied."""
         del memory
         return self._image[begin:end]
+
+    def in_place(self, begin: int, end: int) -> Sequence[memoryview]:
+        """That view."""
+        return [self._image[begin:end]]

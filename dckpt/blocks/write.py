@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dckpt import failpoint
 from dckpt.blocks.buffer import Pin
-from dckpt.blocks.source import PIECE_BYTES, FileSource, PieceRing
+from dckpt.blocks.source import PIECE_BYTES, FileSource, PieceMemory, PieceRing
 from dckpt.blocks.workers import ByteWorkers
 from dckpt.format.checksum import (
     BLOCK_BYTES,
@@ -27,6 +27,8 @@ from dckpt.format.manifest import FileEntry
 if TYPE_CHECKING:
     from dckpt.storage.base import FileWriter, Storage
 
+DIRECT_BYTES_MIN = 8 * 2**20  # a smaller file goes through the page cache: it is written before a thread would be idle
+PLAIN_PIECE_BYTES = 2**20  # checksummed and handed to the kernel while it is in the processor's second-level cache
 WRITER_THREADS = 4  # enough requests in flight for one device; more fight for the processor with the training
 
 
@@ -55,10 +57,12 @@ class _Pass:
     ) -> None:
         self._source, self._ring, self._writer = source, ring, writer
         self._on_bytes = on_bytes
+        self._wants_aligned = writer is not None and writer.wants_aligned
         size = source.size
         # At least two pieces a file, so that a crash in the middle of a small one can be rehearsed too.
         half = -(-size // 2)
-        self._piece_bytes = max(BLOCK_BYTES, min(PIECE_BYTES, -(-half // BLOCK_BYTES) * BLOCK_BYTES))
+        largest = PIECE_BYTES if self._wants_aligned else PLAIN_PIECE_BYTES
+        self._piece_bytes = max(BLOCK_BYTES, min(largest, -(-half // BLOCK_BYTES) * BLOCK_BYTES))
         self._begins = range(0, size, SEGMENT_BYTES)
         self._digests = [b""] * len(self._begins)
         self._blocks = np.empty(-(-size // BLOCK_BYTES), dtype=np.uint64)
@@ -76,14 +80,20 @@ class _Pass:
         hasher = FileHasher()
         with self._ring.borrow() as memory:
             for at in range(begin, end, self._piece_bytes):
-                piece = self._source.piece(at, min(at + self._piece_bytes, end), memory)
-                # Before the write, while the piece is in the processor's cache.
-                hasher.update(piece)
-                self._hand_on(at, piece)
+                for view in self._views(at, min(at + self._piece_bytes, end), memory):
+                    # Before the write, while the bytes are in the processor's cache.
+                    hasher.update(view)
+                    self._hand_on(at, view)
+                    at += len(view)
         self._digests[number] = hasher.segment_digests()
         blocks = hasher.checksums()
         first = begin // BLOCK_BYTES
         self._blocks[first : first + len(blocks)] = blocks
+
+    def _views(self, begin: int, end: int, memory: PieceMemory) -> Sequence[memoryview]:
+        """One piece: where it lies if the kernel copies it anyway, else in aligned memory."""
+        found = None if self._wants_aligned else self._source.in_place(begin, end)
+        return [self._source.piece(begin, end, memory)] if found is None else found
 
     def _hand_on(self, at: int, piece: memoryview) -> None:
         if self._writer is not None:
@@ -117,7 +127,7 @@ def write_shard_file(
     Raises `StorageError` and its kin; then the attempt is condemned and the files must not be used.
     """
     failpoint.reach("before_shard_write")
-    writer = storage.create_file(f"{directory}/{name}", is_large=source.size >= PIECE_BYTES)
+    writer = storage.create_file(f"{directory}/{name}", is_large=source.size >= DIRECT_BYTES_MIN)
     try:
         sums = _Pass(source, pool.ring, on_bytes, writer).run(pool.workers)
         failpoint.reach("after_shard_write")

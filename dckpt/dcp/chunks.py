@@ -115,6 +115,17 @@ def copy_range_to_bytes(tensor: torch.Tensor, begin: int, target: memoryview) ->
         _copy_elements(tensor.detach(), begin // item, image)
 
 
+def view_of_bytes(tensor: torch.Tensor, begin: int, nbytes: int) -> memoryview | None:
+    """The tensor's own memory from byte `begin` of its row-major image on; None if that image is nowhere in host memory.
+
+    The view does not keep the tensor alive.
+    """
+    if not _is_plain_memory(tensor):
+        return None
+    memory = (ctypes.c_ubyte * nbytes).from_address(tensor.data_ptr() + begin)
+    return memoryview(memory).cast("B")
+
+
 def _copy_elements(tensor: torch.Tensor, begin: int, image: torch.Tensor) -> None:
     """Elements from `begin` on in row-major order, as many as `image` has; no more than a row is taken apart at a time."""
     if tensor.is_contiguous():

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dckpt.blocks.source import PieceMemory, parts_of_piece
-from dckpt.dcp.chunks import copy_range_to_bytes
+from dckpt.blocks.source import IN_PLACE_VIEWS_MAX, PieceMemory, parts_of_piece, ranges_of_piece
+from dckpt.dcp.chunks import copy_range_to_bytes, view_of_bytes
 from dckpt.engine.local_state import LocalState
 from dckpt.format.shard_file import ShardFilePlan
 from dckpt.planning.files import WriteItem
@@ -30,6 +30,24 @@ class LiveSource:
         for number, offset, target in parts_of_piece(self._plan, begin, piece):
             self._copy(self._items[number], offset, target)
         return piece
+
+    def in_place(self, begin: int, end: int) -> Sequence[memoryview] | None:
+        """Views of the tensors' own memory."""
+        header = memoryview(self._plan.header)[begin:end]
+        found = [header] if len(header) else []
+        for number, offset, first, last in ranges_of_piece(self._plan, begin, end):
+            view = self._view(self._items[number], offset, last - first)
+            if view is None or len(found) == IN_PLACE_VIEWS_MAX:
+                return None
+            found.append(view)
+        return found
+
+    def _view(self, item: WriteItem, offset: int, nbytes: int) -> memoryview | None:
+        if isinstance(item.source, str):
+            record = self._local.records[item.source].ljust(item.shard_tensor.nbytes)
+            return memoryview(record)[offset : offset + nbytes]
+        tensor, box = item.source
+        return view_of_bytes(self._local.chunks[tensor][box].tensor, offset, nbytes)
 
     def _copy(self, item: WriteItem, offset: int, target: memoryview) -> None:
         if isinstance(item.source, str):

@@ -85,6 +85,11 @@ class RangeReader(Protocol):
 class FileWriter(Protocol):
     """Writes one new file. `write_at` may be called from several threads on disjoint ranges."""
 
+    @property
+    def wants_aligned(self) -> bool:
+        """Whether large, page-aligned memory is written without a copy; else any memory is as good."""
+        ...
+
     def write_at(self, offset: int, data: memoryview) -> None:
         """Writes all of `data`. After an error the writer only takes `abandon`."""
         ...

@@ -51,6 +51,10 @@ class LocalWriter:
                 self.abandon()
                 raise storage_error(error, "open for direct writes", path) from error
 
+    @property
+    def wants_aligned(self) -> bool:
+        return self._direct_fd is not None
+
     def write_at(self, offset: int, data: memoryview) -> None:
         fd = self._usable_fd()
         rest = _as_bytes(data)

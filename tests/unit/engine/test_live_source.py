@@ -69,6 +69,23 @@ def test_any_piece_is_what_the_image_holds_there(data):
     assert LIVE.piece(begin, end, PieceMemory()) == IMAGE[begin:end]
 
 
+def test_what_is_written_in_place_is_the_image_too():
+    """Contiguous tensors, header and records where they lie; a piece with a tensor that has to be copied is not given."""
+    state = dckpt.TrainState(model=nn.Sequential(nn.Linear(300, 400), nn.Linear(400, 70)))
+    local = describe_state(state.capture(), None, world_size=1)
+    layout = Layout(frozenset(), frozenset({"rng"}), (), {}, {}, frozenset(), ())
+    ((plan, items),) = plan_files(0, local.described.structure, local.boxes, layout, {"rng": 30_000})
+    (image,), _ = stage(local, [(plan, items)], ImageBuffer())
+    live = LiveSource(plan, items, local)
+
+    for begin in range(0, plan.size, 3 * ALIGNMENT):
+        for end in (min(begin + ALIGNMENT, plan.size), plan.size):
+            found = live.in_place(begin, end)
+            assert found is not None
+            assert b"".join(found) == image.piece(begin, end, PieceMemory())
+    assert LIVE.in_place(0, LIVE.size) is None
+
+
 def test_the_whole_file_is_the_image():
     assert LIVE.size == len(IMAGE) > 3 * 2**20
     assert LIVE.piece(0, LIVE.size, PieceMemory()) == IMAGE

@@ -63,6 +63,7 @@ class LocalStorage:
         self.root = os.path.abspath(os.fspath(root))
         self._posix = posix or Posix()
         self._durable_root: tuple[int, int] | None = None
+        self._in_memory: bool | None = None
 
     @property
     def url(self) -> str:
@@ -225,7 +226,7 @@ class LocalStorage:
             self._mkdir(path)
 
     def create_file(self, key: str, *, is_large: bool = False) -> LocalWriter:
-        return LocalWriter(self._posix, self._path(check_key(key)), is_large=is_large)
+        return LocalWriter(self._posix, self._path(check_key(key)), is_large=is_large and not self._is_in_memory())
 
     def link(self, source: str, target: str) -> bool:
         old, new = self._path(check_key(source)), self._path(check_key(target))
@@ -242,6 +243,13 @@ class LocalStorage:
                 return False
             raise storage_error(error, f"link {old} to", new) from error
         return True
+
+    def _is_in_memory(self) -> bool:
+        """tmpfs takes O_DIRECT and copies all the same: aligned memory would be one copy more."""
+        if self._in_memory is None:
+            with translated("stat", self.root):
+                self._in_memory = self._posix.file_system(self.root) in ("tmpfs", "ramfs")
+        return self._in_memory
 
     def sync_dir(self, key: str = "") -> None:
         self._sync_path(self._path(key))

@@ -70,6 +70,17 @@ class Posix:
     def statvfs(self, path: str) -> os.statvfs_result:
         return os.statvfs(path)
 
+    def file_system(self, path: str) -> str | None:
+        """Type of the file system that holds `path` ("ext4", "tmpfs"); None where the system does not tell."""
+        device = os.stat(path).st_dev
+        wanted = f"{os.major(device)}:{os.minor(device)}"
+        try:
+            with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as mounts:
+                rows = [line.split() for line in mounts]
+        except OSError:
+            return None
+        return next((row[row.index("-") + 1] for row in rows if row[2] == wanted), None)
+
     def scandir(self, path: str | int) -> Sequence[os.DirEntry[str]]:
         with os.scandir(path) as entries:
             return list(entries)

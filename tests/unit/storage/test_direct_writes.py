@@ -131,3 +131,18 @@ def test_unaligned_memory_is_written_plainly_and_whole(tmp_path):
 
     _ensure_whole(tmp_path, entries, image)
     assert posix.direct_bytes == 0
+
+
+def test_a_file_system_in_memory_gets_plain_writes(tmp_path):
+    """It takes O_DIRECT and copies all the same."""
+
+    class InMemory(CountingPosix):
+        def file_system(self, path):
+            assert CountingPosix.file_system(self, path)
+            return "tmpfs"
+
+    posix, image = InMemory(), _image()
+    entries = _write(tmp_path, posix, image)
+
+    _ensure_whole(tmp_path, entries, image)
+    assert not posix.direct

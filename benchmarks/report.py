@@ -1,4 +1,4 @@
-"""From a record to a table, pictures and the page: `python -m benchmarks.report RECORD [--readme benchmarks/README.md]`."""
+"""From records to tables, pictures and the page: `python -m benchmarks.report RECORD... [--readme benchmarks/README.md]`."""
 
 from __future__ import annotations
 
@@ -40,20 +40,21 @@ def replaced(page: str, figures: str) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Prints the table, or writes it into a page; redraws the pictures beside the record."""
+    """Prints the tables, or writes them into a page; redraws the pictures beside the records."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
-    parser.add_argument("record", type=Path, help="the JSON record of a run")
+    parser.add_argument("record", type=Path, nargs="+", help="the JSON records of runs, shown in this order")
     parser.add_argument("--readme", type=Path, help="the page whose marked part is replaced (default: print the table)")
     parser.add_argument("--pictures", action="store_true", help="draw the pictures again, beside the record")
     found = parser.parse_args(arguments)
-    record = read_record(found.record)
-    if found.pictures:
-        draw(record, found.record.parent)
+    records = [(path, read_record(path)) for path in found.record]
+    for path, record in records if found.pictures else ():
+        draw(record, path.parent)
     if found.readme is None:
-        print(render(record))
+        print("\n".join(render(record) for _, record in records))
         return 0
-    figures = render(record, _pictures_beside(found.record, found.readme, record))
-    found.readme.write_text(replaced(found.readme.read_text(encoding="utf-8"), figures), encoding="utf-8")
+    tables = [render(record, _pictures_beside(path, found.readme, record)) for path, record in records]
+    page = found.readme.read_text(encoding="utf-8")
+    found.readme.write_text(replaced(page, "\n\n".join(table.strip() for table in tables)), encoding="utf-8")
     return 0
 
 

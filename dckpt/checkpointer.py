@@ -17,6 +17,7 @@ from dckpt.catalog.catalog import Catalog
 from dckpt.catalog.retention import Retention
 from dckpt.engine.arguments import ensure_choice, ensure_count, ensure_kind, neighbouring_runs, place_of_run
 from dckpt.engine.cadence import Cadence, Every, StepAction
+from dckpt.engine.failure_policy import FailurePolicy
 from dckpt.engine.job import SaveJob, SaveRequest
 from dckpt.engine.keeper import Keeper
 from dckpt.engine.loader import Loaded, Loader, LoadOptions
@@ -29,11 +30,8 @@ from dckpt.engine.signals import SignalWatch
 from dckpt.engine.worker import SaveThread
 from dckpt.errors import (
     CheckpointNotFoundError,
-    CommitConflictError,
     ConfigError,
-    CoordinationTimeoutError,
     DckptError,
-    PeerFailedError,
     PoisonedStateError,
     SaveNotFinishedError,
 )
@@ -138,10 +136,8 @@ class Checkpointer:
         self._signals = SignalWatch(signals)
         self._cadence = Cadence(save, self._coordination, self._topology, self._signals, deadline_s=deadline_s)
         self._deadline_s = deadline_s
-        self._raise_errors = on_save_error == "raise"
-        self._give_up_after = give_up_after
+        self._policy = FailurePolicy(self._topology, raises=on_save_error == "raise", give_up_after=give_up_after)
         self._skip_when_busy = when_busy == "skip"
-        self._failures = 0
         self._is_warmed = False
         self._is_over = False
         self._in_flight: PendingSave | None = None
@@ -531,19 +527,7 @@ class Checkpointer:
         if pending is None or not pending.done:
             return
         self._in_flight = self._job = None
-        error = pending.error
-        if pending.outcome == "committed":
-            self._failures = 0
-            return
-        assert error is not None
-        self._failures += 1
-        # The same error is on every rank and said once, by rank 0; unless rank 0 is what was lost.
-        is_told_here = self._topology.is_coordinator or pending.outcome == "unknown" or _blames_coordinator(error)
-        told = logging.ERROR if is_told_here else logging.DEBUG
-        what = "failed" if pending.outcome == "failed" else "has an unknown outcome"
-        log.log(told, "save of step %d %s (%d in a row): %s", pending.step, what, self._failures, error)
-        if self._raise_errors or isinstance(error, CommitConflictError) or self._failures >= self._give_up_after:
-            raise error
+        self._policy.judge(pending)
 
     def _ensure_open(self) -> None:
         if self._closed:
@@ -564,12 +548,6 @@ def _plain_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
         return {str(name): float(value) for name, value in metrics.items()}
     except (TypeError, ValueError) as error:
         raise ConfigError(f"metrics: expected numbers by name, found {dict(metrics)!r:.200}: {error}") from error
-
-
-def _blames_coordinator(error: DckptError) -> bool:
-    if isinstance(error, PeerFailedError):
-        return error.rank == 0
-    return isinstance(error, CoordinationTimeoutError) and 0 in error.ranks
 
 
 def _any_busy(payloads: list[bytes]) -> bytes:

@@ -231,6 +231,8 @@ def run_scene(root: str, name: str) -> None:
 
 
 def main() -> None:
+    # Whoever starts the tests in the background hands down an ignored SIGINT.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     root, *names = sys.argv[1:]
     if "RANK" in os.environ:
         dist.init_process_group("gloo")

@@ -33,6 +33,7 @@ def _serve(connection: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     import torch
     import torch.distributed as dist
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
     torch.set_num_threads(1)
     connection.send("ready")
@@ -58,6 +59,8 @@ def _serve(connection: Connection) -> None:
             with contextlib.suppress(Exception):
                 if dist.is_initialized():
                     dist.destroy_process_group()
+            # torch keeps the specs of DTensor operations by equal meshes; on its next task this process may be another rank.
+            _clear_sharding_prop_cache()
 
 
 class _Worker:

@@ -323,6 +323,6 @@ def test_the_report_of_a_resume_reads_as_a_sentence(tmp_path):
 )
 def test_a_loss_of_rank_0_is_told_by_the_ranks_that_are_left(error, blames):
     """Otherwise rank 0 alone speaks, and a dead one says nothing."""
-    from dckpt.checkpointer import _blames_coordinator
+    from dckpt.engine.failure_policy import blames_coordinator
 
-    assert _blames_coordinator(error) is blames
+    assert blames_coordinator(error) is blames

@@ -46,7 +46,11 @@ def run(
         "ranks": ranks,
         "rounds": rounds,
         "layers": layers,
-        "machine": {"cores": os.cpu_count(), "platform": platform.platform(), "python": platform.python_version()},
+        "machine": {
+            "cores": os.cpu_count(),
+            "platform": f"{platform.system()} {platform.release().split('-')[0]}",
+            "python": platform.python_version(),
+        },
         "layouts": [_measure(layout, ranks, rounds, layers, directory) for layout in layouts],
     }
 

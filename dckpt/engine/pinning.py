@@ -48,9 +48,12 @@ class HostPinner:
                 code,
             )
             return None
-        return lambda: self._unpin(address)
+        device = self._device
+        return lambda: _unpin(address, device)
 
-    def _unpin(self, address: int) -> None:
+
+def _unpin(address: int, device: int) -> None:
+    with torch.cuda.device(device):
         code = int(_runtime().cudaHostUnregister(address))
-        if code:
-            log.warning("host memory could not be released from page-locking (CUDA error %d)", code)
+    if code:
+        log.warning("host memory could not be released from page-locking (CUDA error %d)", code)

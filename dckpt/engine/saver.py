@@ -82,6 +82,7 @@ class Saver:
         self.committer = Committer(
             storage, topology, on_commit=on_commit, rewrite_every=rewrite_every, pin=self._pinner.pin
         )
+        self._deferred: DeferredCopies | None = None
         self._saves = 0
         self.lineage = Lineage(storage)
 
@@ -103,11 +104,13 @@ class Saver:
         self._buffer.warm(nbytes + nbytes // 32 + WARM_SLACK_BYTES)
 
     def close(self) -> None:
-        """Ends the writing threads, as far as they are not stuck."""
+        """Ends the writing threads, as far as they are not stuck, and gives the memory back that no copy goes into."""
         if self._gate is not None:
             self._gate.close()
         self.committer.pool.stop()
         self._buffer.stop_warming()
+        if self._deferred is None or self._deferred.done:
+            self._buffer.release()
 
     def give_up(self, job: SaveJob, deadline_s: float) -> None:
         """Concludes a save whose writer is stuck in the kernel, and leaves that writer behind with its memory.
@@ -153,7 +156,7 @@ class Saver:
             plan = self._agreement.remembered
             self.committer.pool.start()
             sources, deferred = self._sources(state, request, local, plan.files)
-            begun.deferred = deferred
+            begun.deferred = self._deferred = deferred
             pending.checkpoint = decision["checkpoint"]
             pending.seconds_stalled = time.monotonic() - started_s
             if deferred is not None:

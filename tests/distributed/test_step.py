@@ -127,7 +127,8 @@ def test_real_minutes_pass_unnoticed_for_about_a_second_at_most(opened: Opened) 
             saved_at.append(time.monotonic() - started)
 
     assert 1.2 <= saved_at[0] < 4
-    assert 1.1 <= saved_at[1] - saved_at[0] < 4
+    # Seen once committed: a slow first commit must not make the second interval look short, so both are counted from the start.
+    assert 2.4 <= saved_at[1] < saved_at[0] + 4
 
 
 def test_the_cost_of_a_step_does_not_grow_with_the_step_rate(opened: Opened) -> None:

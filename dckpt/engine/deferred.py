@@ -70,8 +70,12 @@ class DeferredCopies:
         self._events = device_copies.events()
 
     def start(self) -> None:
-        """Begins to copy what is in host memory, on a thread that ends by itself."""
-        threading.Thread(target=self._run, name="dckpt-stage", daemon=True).start()
+        """Begins to copy what is in host memory, on a thread that ends by itself; at once where none can be started."""
+        try:
+            threading.Thread(target=self._run, name="dckpt-stage", daemon=True).start()
+        except RuntimeError:
+            # Out of threads, or the interpreter is ending: whoever waits for these copies must not wait for nobody.
+            self._run()
 
     @property
     def done(self) -> bool:

@@ -237,6 +237,26 @@ def test_a_step_inside_a_compiled_function_waits_too(tmp_path, brake):
     assert_equal(loaded(tmp_path / "run"), expected)
 
 
+def test_without_a_thread_to_start_everything_is_copied_at_once(tmp_path, brake, monkeypatch):
+    loop = Loop()
+    with begun(tmp_path, loop) as checkpointer:
+        expected = loop.content()
+        start = threading.Thread.start
+
+        def refuse(self) -> None:
+            if self.name == "dckpt-stage":
+                raise RuntimeError("can't start new thread")
+            start(self)
+
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+        pending = checkpointer.save(loop.state)
+        assert pending.staged
+        loop.step()
+        assert pending.wait() == "committed"
+
+    assert_equal(loaded(tmp_path / "run"), expected)
+
+
 def test_a_load_waits_for_the_copies(tmp_path, brake):
     loop = Loop()
     with begun(tmp_path, loop) as checkpointer:

@@ -20,6 +20,7 @@ from dckpt.engine.cadence import Cadence, Every, StepAction
 from dckpt.engine.failure_policy import FailurePolicy
 from dckpt.engine.job import SaveJob, SaveRequest
 from dckpt.engine.keeper import Keeper
+from dckpt.engine.last_save import LastSave, last_save, loaded_as_saved
 from dckpt.engine.loader import Loaded, Loader, LoadOptions
 from dckpt.engine.overlap import StepGate
 from dckpt.engine.pending import PendingSave
@@ -60,16 +61,6 @@ class ResumePolicy:
     """How `resume` behaves. walk_back: pass over checkpoints whose damage was confirmed by a second read."""
 
     walk_back: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class _LastSave:
-    """To tell "the same step again" from "the step did not move while the optimizer did"."""
-
-    step: int
-    micro_step: int
-    optimizer_steps: int | None
-    pending: PendingSave
 
 
 class Checkpointer:
@@ -142,7 +133,7 @@ class Checkpointer:
         self._is_over = False
         self._in_flight: PendingSave | None = None
         self._job: SaveJob | None = None
-        self._last: _LastSave | None = None
+        self._last: LastSave | None = None
         self._closed = False
         self._at_exit = _close_at_exit(weakref.ref(self))
         atexit.register(self._at_exit)
@@ -223,13 +214,13 @@ class Checkpointer:
         self._ensure_not_poisoned()
         started = time.monotonic()
         request = replace(self._request(state, step, metrics or {}), is_blocking=blocking)
-        if self._is_same_step(request):
-            refusal = self._unmoved_step(state, request)
+        last = self._last
+        if last is not None and last.is_same_step(request):
+            refusal = last.unmoved_step(state, request)
             request = replace(request, refusal=refusal)
             # Ranks learn an outcome at slightly different times; only a known one is the same on all of them.
             self._wait_in_flight()
-            last = self._last
-            if refusal is None and last is not None and last.pending.outcome != "failed":
+            if refusal is None and last.pending.outcome != "failed":
                 if metrics:
                     log.warning(
                         "step %d is saved already; its checkpoint keeps its metrics and does not get %s. Pass metrics to the "
@@ -265,7 +256,7 @@ class Checkpointer:
 
     def _start(self, state: TrainState, request: SaveRequest, pending: PendingSave, started: float) -> None:
         before = self._last
-        self._last = _LastSave(request.step, request.micro_step, state.optimizer_steps, pending)
+        self._last = last_save(state, request, pending)
         self._in_flight = pending
         try:
             self._saver.start(state, request, pending, self._hand_over, started_s=started)
@@ -302,21 +293,6 @@ class Checkpointer:
                 "Gradients are not stored in this version: save after optimizer.step() and progress.advance()."
             )
         return SaveRequest(step=step, micro_step=micro_step, metrics=_plain_metrics(metrics))
-
-    def _is_same_step(self, request: SaveRequest) -> bool:
-        last = self._last
-        return last is not None and (last.step, last.micro_step) == (request.step, request.micro_step)
-
-    def _unmoved_step(self, state: TrainState, request: SaveRequest) -> ConfigError | None:
-        """Why a step that was saved before cannot be saved again: it stands for another state now."""
-        last = self._last
-        if last is None or last.optimizer_steps == state.optimizer_steps:
-            return None
-        return ConfigError(
-            f"Save of step {request.step}: this step was saved before, and the optimizer has moved since (from "
-            f"{last.optimizer_steps} to {state.optimizer_steps} calls of step()). Call progress.advance() after each "
-            "optimizer.step(), on every rank."
-        )
 
     def _is_busy_anywhere(self, step: int) -> bool:
         """Agreed by all ranks: one rank that skips while another saves would leave the other waiting."""
@@ -419,18 +395,7 @@ class Checkpointer:
         self._saver.committer.adopt(result.checkpoint, result.manifest.files)
         self._cadence.reset()
         self._is_over = False
-        self._last = self._as_saved(state, loaded, reason)
-
-    def _as_saved(self, state: TrainState, loaded: Loaded, reason: str) -> _LastSave | None:
-        """The loaded checkpoint counts as a save of its step if all of it was resumed; a partial load is a new state."""
-        identity, progress = loaded.identity, state.progress
-        is_whole = reason != "load" and not loaded.result.skipped_parts
-        if not is_whole or (progress is not None and progress.step != identity.step):
-            return None
-        committed = PendingSave(identity.step, identity.micro_step)
-        committed.checkpoint = loaded.result.checkpoint
-        committed.conclude("committed")
-        return _LastSave(identity.step, identity.micro_step, state.optimizer_steps, committed)
+        self._last = loaded_as_saved(state, loaded, is_resume=reason != "load")
 
     def _announce_new_run(self) -> None:
         if not self._topology.is_coordinator:

@@ -15,6 +15,7 @@ from typing import Literal
 
 from dckpt.catalog.catalog import Catalog
 from dckpt.catalog.retention import Retention
+from dckpt.catalog.rollback import plan_rollback, roll_back
 from dckpt.engine.arguments import ensure_choice, ensure_count, ensure_kind, neighbouring_runs, place_of_run
 from dckpt.engine.cadence import Cadence, Every, StepAction
 from dckpt.engine.failure_policy import FailurePolicy
@@ -429,6 +430,20 @@ class Checkpointer:
         name = catalog.resolve(step).name
         catalog.unpin(name)
         return name
+
+    def rollback(self, step: int | str) -> str:
+        """Makes an earlier checkpoint the latest of the run; returns its name. Any one rank may call it, between saves.
+
+        Nothing is deleted: later steps become superseded. The live state stays what it is, so every rank calls `resume` or
+        `load` next; a save of a new step before that raises `CommitConflictError`, in this job as in any other on this run.
+        """
+        self._ensure_open()
+        self._wait_in_flight()
+        plan = plan_rollback(self._storage, step, now_unix_s=time.time())
+        if plan is None:
+            return Catalog(self._storage).resolve(step).name
+        roll_back(self._storage, plan)
+        return plan.target.name
 
     # -- waiting and the end -------------------------------------------------------------------------------------------
 

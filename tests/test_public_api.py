@@ -48,6 +48,8 @@ PARAMETERS = {
     "Checkpointer.validate": ("state", "loaded"),
     "Checkpointer.steps": (),
     "Checkpointer.pin": ("step",),
+    "Checkpointer.unpin": ("step",),
+    "Checkpointer.rollback": ("step",),
     "Checkpointer.wait": (),
     "Checkpointer.close": (),
     "PendingSave.wait": ("timeout_s",),
@@ -55,7 +57,7 @@ PARAMETERS = {
     "TrainProgress.advance": ("loss",),
     "Batch": ("micro", "accumulation", "data_parallel"),
     "Every": ("steps", "minutes"),
-    "Retention": ("last", "every", "best"),
+    "Retention": ("last", "every", "best", "daily"),
     "Best": ("metric",),
     "TrainState": (
         "model",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from typing import Literal
 
 from dckpt.errors import ConfigError
@@ -41,9 +42,12 @@ class Retention:
     every: int | None = None
     """One in each `every` steps: the newest in (k*every, (k+1)*every], so 1000 keeps 1000, 2000, ..."""
     best: Best | None = None
+    daily: int | None = None
+    """The newest of each of the newest so many days (UTC, when it was saved) that have a checkpoint; days without one do not
+    count, so a break in the training costs nothing."""
 
     def __post_init__(self) -> None:
-        for name, value in (("last", self.last), ("every", self.every)):
+        for name, value in (("last", self.last), ("every", self.every), ("daily", self.daily)):
             if value is not None:
                 _ensure_count(f"Retention({name}", value)
         if self.best is not None and not isinstance(self.best, Best):
@@ -58,14 +62,27 @@ class Candidate:
     metrics: Mapping[str, float]
     is_pinned: bool
     created_unix_s: float
+    """0 where it is not known: such a one is of no day."""
 
 
 @dataclass(frozen=True, slots=True)
 class RetentionPlan:
-    """Every candidate exactly once, both newest first. `keep` names each reason."""
+    """Every candidate exactly once, both newest first. `keep` names each reason; `lost` says of each that is expired why no
+    rule keeps it.
+    """
 
     keep: list[tuple[CheckpointId, tuple[str, ...]]]
     expire: list[CheckpointId]
+    lost: Mapping[CheckpointId, str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Rule:
+    """One rule over one line: its name, the positions that it keeps, and why it does not keep another one."""
+
+    name: str
+    kept: Sequence[int]
+    why_not: Callable[[int], str]
 
 
 def plan_retention(line: Sequence[Candidate], policy: Retention) -> RetentionPlan:
@@ -79,38 +96,93 @@ def plan_retention(line: Sequence[Candidate], policy: Retention) -> RetentionPla
     for position, candidate in enumerate(line):
         if candidate.is_pinned:
             reasons[position].append("pinned")
-    for position in range(min(policy.last or 0, len(line))):
-        reasons[position].append(f"last {policy.last}")
-    if policy.every is not None:
-        for position in _newest_of_buckets(line, policy.every):
-            reasons[position].append(f"every {policy.every}")
-    if policy.best is not None:
-        for position in _best(line, policy.best):
-            reasons[position].append(f"best {policy.best.metric}")
+    rules = _rules(line, policy)
+    for rule in rules:
+        for position in rule.kept:
+            reasons[position].append(rule.name)
+    expired = [position for position, found in reasons.items() if not found]
     return RetentionPlan(
         keep=[(line[position].id, tuple(found)) for position, found in reasons.items() if found],
-        expire=[line[position].id for position, found in reasons.items() if not found],
+        expire=[line[position].id for position in expired],
+        lost={line[position].id: "; ".join(rule.why_not(position) for rule in rules) for position in expired},
     )
 
 
-def _newest_of_buckets(line: Sequence[Candidate], every: int) -> list[int]:
+def _rules(line: Sequence[Candidate], policy: Retention) -> list[_Rule]:
+    rules = []
+    if policy.last is not None:
+        rules.append(_last(line, policy.last))
+    if policy.every is not None:
+        rules.append(_every(line, policy.every))
+    if policy.best is not None:
+        rules.append(_best(line, policy.best))
+    if policy.daily is not None:
+        rules.append(_daily(line, policy.daily))
+    return rules
+
+
+def _last(line: Sequence[Candidate], last: int) -> _Rule:
+    return _Rule(f"last {last}", range(min(last, len(line))), lambda _: f"not among the last {last}")
+
+
+def _every(line: Sequence[Candidate], every: int) -> _Rule:
+    # A save within the accumulation of step s + 1 carries step s: it belongs to the bucket of s + 1, else it would
+    # take the place of the round step s.
+    buckets = [-(-(item.id.step + (item.id.micro_step > 0)) // every) for item in line]
     first: dict[int, int] = {}
-    for position, candidate in enumerate(line):
-        # A save within the accumulation of step s + 1 carries step s: it belongs to the bucket of s + 1, else
-        # it would take the place of the round step s.
-        reached = candidate.id.step + (candidate.id.micro_step > 0)
-        first.setdefault(-(-reached // every), position)
-    return list(first.values())
+    for position, bucket in enumerate(buckets):
+        first.setdefault(bucket, position)
+
+    def why_not(position: int) -> str:
+        bucket = buckets[position]
+        kept = line[first[bucket]].id.step
+        return f"step {kept} stands for steps {(bucket - 1) * every + 1} to {bucket * every}"
+
+    return _Rule(f"every {every}", list(first.values()), why_not)
 
 
-def _best(line: Sequence[Candidate], best: Best) -> list[int]:
+def _best(line: Sequence[Candidate], best: Best) -> _Rule:
     sign = 1.0 if best.mode == "min" else -1.0
-    ranked = [
-        (sign * candidate.metrics[best.metric], position)
-        for position, candidate in enumerate(line)
-        if math.isfinite(candidate.metrics.get(best.metric, math.nan))
-    ]
-    return [position for _, position in sorted(ranked)[: best.keep]]
+    values = [candidate.metrics.get(best.metric, math.nan) for candidate in line]
+    ranked = sorted((sign * value, position) for position, value in enumerate(values) if math.isfinite(value))
+
+    def why_not(position: int) -> str:
+        value = values[position]
+        if not math.isfinite(value):
+            return f"no finite {best.metric}"
+        return f"{best.metric} {value:.6g} is not among the best {best.keep}"
+
+    return _Rule(f"best {best.metric}", [position for _, position in ranked[: best.keep]], why_not)
+
+
+def _daily(line: Sequence[Candidate], daily: int) -> _Rule:
+    days = [_day(candidate.created_unix_s) for candidate in line]
+    first: dict[str, int] = {}
+    for position, day in enumerate(days):
+        if day is not None:
+            first.setdefault(day, position)
+    newest = sorted(first, reverse=True)[:daily]
+
+    def why_not(position: int) -> str:
+        day = days[position]
+        if day is None:
+            return "saved on a day that is not known"
+        if day not in newest:
+            return f"of {day}, not among the newest {daily} days"
+        return f"step {line[first[day]].id.step} stands for {day}"
+
+    return _Rule(f"daily {daily}", [first[day] for day in newest], why_not)
+
+
+def _day(unix_s: float) -> str | None:
+    """The day in UTC as text, which sorts as days do; None if it is not known, or no day that a calendar has."""
+    if unix_s <= 0:
+        return None
+    try:
+        return datetime.fromtimestamp(unix_s, timezone.utc).strftime("%Y-%m-%d")
+    except (OverflowError, ValueError, OSError):
+        # A manifest may hold any number; one without a day must not stop the retention of all the others.
+        return None
 
 
 def _ensure_count(what: str, value: object) -> None:

@@ -87,4 +87,13 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def is_confirmed(question: str, *, yes: bool, as_json: bool) -> bool:
+    """Whether to go on: told so by `--yes`, or by a person at the terminal. A usage error where nobody can be asked."""
+    if yes:
+        return True
+    if as_json or not sys.stdin.isatty():
+        raise click.UsageError("Nobody is here to confirm: pass --yes to go on, or --dry-run to look.")
+    return click.confirm(question)
+
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")

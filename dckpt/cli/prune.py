@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from typing import Literal
 
 import click
 
 from dckpt.catalog.retention import Best, Retention
-from dckpt.cli.outcome import INCOMPLETE, OK, json_option, print_json, returns_exit_code
-from dckpt.tools.prune import LEFTOVER_HOURS, PrunePlan, PruneRequest, apply_prune, plan_prune
+from dckpt.cli.outcome import INCOMPLETE, OK, is_confirmed, json_option, print_json, returns_exit_code
+from dckpt.tools.prune import LEFTOVER_HOURS, PruneRequest, apply_prune, plan_prune
 from dckpt.tools.target import open_run
 from dckpt.viz.terminal import render_plan
 
@@ -24,6 +23,9 @@ from dckpt.viz.terminal import render_plan
 @click.option("--last", type=click.IntRange(min=1), metavar="N", help="Keep the newest N of the line.")
 @click.option("--every", type=click.IntRange(min=1), metavar="N", help="Keep the newest in each N steps.")
 @click.option("--best", metavar="METRIC[:max]", help="Keep the best by METRIC, the smallest unless `:max` is added.")
+@click.option(
+    "--daily", type=click.IntRange(min=1), metavar="N", help="Keep the newest of each of the newest N days (UTC)."
+)
 @click.option("--superseded", is_flag=True, help="Remove superseded steps.")
 @click.option("--leftovers", is_flag=True, help="Remove what never committed (.tmp-*) or is half deleted (.trash-*).")
 @click.option(
@@ -44,6 +46,7 @@ def prune(
     last: int | None,
     every: int | None,
     best: str | None,
+    daily: int | None,
     superseded: bool,
     leftovers: bool,
     older_than_hours: float,
@@ -54,34 +57,30 @@ def prune(
     """Show what a policy keeps and what it removes, ask, and remove it.
 
     The newest checkpoint of the line, pinned ones, and those in which unchanged files of others lie always
-    stay. --last, --every and --best add up: what any of them keeps stays.
+    stay. --last, --every, --best and --daily add up: what any of them keeps stays. The plan says for each checkpoint why
+    it stays or goes.
     """
     if yes and dry_run:
         raise click.UsageError("--yes and --dry-run contradict each other.")
-    has_policy = last is not None or every is not None or best is not None
+    retention = Retention(last=last, every=every, best=_parse_best(best), daily=daily)
+    has_policy = retention != Retention()
     if not (has_policy or superseded or leftovers):
-        raise click.UsageError("Say what to remove: --last, --every, --best, --superseded or --leftovers.")
-    retention = Retention(last=last, every=every, best=_parse_best(best)) if has_policy else None
+        raise click.UsageError("Say what to remove: --last, --every, --best, --daily, --superseded or --leftovers.")
     storage = open_run(run)
-    request = PruneRequest(retention, superseded, leftovers, older_than_s=older_than_hours * 3600)
+    request = PruneRequest(
+        retention if has_policy else None, superseded, leftovers, older_than_s=older_than_hours * 3600
+    )
     plan = plan_prune(storage, request, now_unix_s=time.time())
     if not as_json:
         click.echo(render_plan(plan), nl=False)
-    is_applied = not plan.is_empty and not dry_run and _is_confirmed(plan, yes=yes, as_json=as_json)
+    question = f"Remove {len(plan.remove)} checkpoints and {len(plan.leftovers)} leftovers?"
+    is_applied = not plan.is_empty and not dry_run and is_confirmed(question, yes=yes, as_json=as_json)
     num_removed = apply_prune(storage, plan) if is_applied else 0
     if as_json:
         print_json({"plan": plan, "freed_bytes": plan.freed_bytes, "is_applied": is_applied})
     elif is_applied:
         click.echo(f"Removed {num_removed} checkpoints and {len(plan.leftovers)} leftovers.")
     return OK if is_applied or (dry_run and not plan.is_empty) else INCOMPLETE
-
-
-def _is_confirmed(plan: PrunePlan, *, yes: bool, as_json: bool) -> bool:
-    if yes:
-        return True
-    if as_json or not sys.stdin.isatty():
-        raise click.UsageError("Nobody is here to confirm: pass --yes to remove, or --dry-run to look.")
-    return click.confirm(f"Remove {len(plan.remove)} checkpoints and {len(plan.leftovers)} leftovers?")
 
 
 def _parse_best(text: str | None) -> Best | None:

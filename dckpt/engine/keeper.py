@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 from dckpt.catalog.catalog import Catalog
 from dckpt.catalog.prune import expire
@@ -48,7 +49,7 @@ class Keeper:
             log.warning(
                 "no checkpoint has the metric %r that Retention(best=) asks for; pass metrics= to step()", best.metric
             )
-            if self._policy.last is None and self._policy.every is None:
+            if replace(self._policy, best=None) == Retention():
                 return len(line)
         plan = plan_retention(candidates, self._policy)
         return len(line) - self._expire([item.name for item in plan.expire], committed)

@@ -138,7 +138,7 @@ def _plan_line(
     decision = plan_retention(candidates, retention)
     keep += [KeepRow(checkpoint.name, tuple(reasons)) for checkpoint, reasons in decision.keep]
     keep.sort(key=lambda row: row.name, reverse=True)
-    return keep, {checkpoint.name: "expired by the policy" for checkpoint in decision.expire}
+    return keep, {checkpoint.name: f"no rule keeps it: {decision.lost[checkpoint]}" for checkpoint in decision.expire}
 
 
 def _remove_row(heads: Heads, name: str, reason: str) -> RemoveRow:

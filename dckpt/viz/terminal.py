@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         Origin,
         Plan,
         ReshardPlan,
+        RollbackPlan,
         Verification,
     )
 
@@ -67,6 +68,11 @@ def render_verification(report: Verification) -> str:
 def render_plan(plan: Plan) -> str:
     """`dckpt prune`: what stays and why, what goes, and how many bytes that frees."""
     return _render(lambda: _plan_parts(plan))
+
+
+def render_rollback(plan: RollbackPlan | None) -> str:
+    """`dckpt rollback`: what changes, and for whom. No plan: that step is the latest already."""
+    return _render(lambda: _rollback_parts(plan))
 
 
 def render_reshard(plan: ReshardPlan | None, *, duration_s: float | None) -> str:
@@ -373,6 +379,26 @@ def _plan_parts(plan: Plan) -> Iterable[RenderableType]:
         yield _text(f"This frees {format_bytes(plan.freed_bytes)}.")
     else:
         yield _text("Nothing to remove.")
+
+
+def _rollback_parts(plan: RollbackPlan | None) -> Iterable[RenderableType]:
+    if plan is None:
+        yield _text("Nothing to do: that step is the latest already.")
+        return
+    yield _text(plan.url, "bold")
+    rows = [("latest now", plan.latest or "none"), ("latest then", f"{plan.checkpoint} (generation {plan.generation})")]
+    if plan.superseded:
+        rows.append(("superseded", f"{', '.join(plan.superseded)}: kept, and the way back"))
+    if plan.restored:
+        rows.append(("back on the line", ", ".join(plan.restored)))
+    yield _facts_grid(rows)
+    yield _text(
+        "A job that still trains in this run is fenced: its next save fails with CommitConflictError, so stop it first.",
+        "yellow",
+    )
+    if plan.youngest_attempt_s is not None:
+        age = format_age(plan.youngest_attempt_s)
+        yield _text(f"A save that has not committed was last touched {age}: a job may be saving right now.", "yellow")
 
 
 def _reshard_parts(plan: ReshardPlan | None, duration_s: float | None) -> Iterable[RenderableType]:

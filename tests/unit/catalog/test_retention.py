@@ -80,6 +80,38 @@ def test_values_that_are_not_finite_are_never_best(value: float):
     assert kept(line, Retention(best=Best("loss"))) == [3, 1]
 
 
+def test_daily_keeps_the_newest_of_each_of_the_newest_days_that_have_one():
+    """The second day of the four has none: it does not count."""
+    day = 86400.0
+    saved = {10: 100.2, 20: 100.9, 30: 102.0, 40: 102.999, 50: 103.5, 60: 0.0}
+    line = [
+        Candidate(CheckpointId(step, 0, 1), {}, False, created_unix_s=days * day)
+        for step, days in sorted(saved.items(), reverse=True)
+    ]
+
+    assert kept(line, Retention(daily=2)) == [60, 50, 40]
+    assert kept(line, Retention(daily=9)) == [60, 50, 40, 20]
+
+
+def test_a_clock_that_went_back_does_not_make_an_older_step_the_newest_of_its_day():
+    line = [
+        Candidate(CheckpointId(step, 0, 1), {}, False, created_unix_s=saved)
+        for step, saved in ((30, 86400.0 * 9), (20, 1000.0), (10, 2000.0))
+    ]
+
+    assert kept(line, Retention(daily=2)) == [30, 20]
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, 1e300, 1e15])
+def test_a_time_that_no_calendar_has_is_of_no_day(seconds: float):
+    line = [Candidate(CheckpointId(step, 0, 1), {}, False, created_unix_s=seconds) for step in (2, 1)]
+
+    plan = plan_retention(line, Retention(daily=3))
+
+    assert [item.step for item in plan.expire] == [1]
+    assert plan.lost[plan.expire[0]] == "saved on a day that is not known"
+
+
 def test_the_newest_and_pinned_ones_stay_whatever_the_policy():
     line = candidates(1, 2, 3, 4, pinned=(2,), losses={1: 0.1})
 
@@ -102,6 +134,7 @@ def test_the_plan_names_every_reason():
         lambda: Retention(last=1.5),
         lambda: Retention(every=0),
         lambda: Retention(best="loss"),
+        lambda: Retention(daily=0),
         lambda: Best(""),
         lambda: Best("loss", "lowest"),
         lambda: Best("loss", keep=0),
@@ -117,6 +150,7 @@ policies = st.builds(
     last=st.none() | st.integers(1, 8),
     every=st.none() | st.integers(1, 60),
     best=st.none() | st.builds(Best, st.just("loss"), st.sampled_from(["min", "max"]), st.integers(1, 4)),
+    daily=st.none() | st.integers(1, 6),
 )
 ids = st.builds(CheckpointId, st.integers(0, 200), st.integers(0, 3), st.integers(1, 3))
 lines = st.lists(
@@ -125,7 +159,7 @@ lines = st.lists(
         id=ids,
         metrics=st.dictionaries(st.just("loss"), st.floats(width=16)),
         is_pinned=st.booleans(),
-        created_unix_s=st.just(0.0),
+        created_unix_s=st.integers(0, 12).map(lambda halves: halves * 43200.0),
     ),
     unique_by=lambda item: item.id,
     max_size=25,
@@ -140,6 +174,7 @@ def test_every_candidate_is_decided_once_and_the_order_is_kept(line: list[Candid
     assert sorted([item for item, _ in plan.keep] + plan.expire, key=order.index) == order
     assert [item for item, _ in plan.keep] == [item for item in order if item not in plan.expire]
     assert all(reasons for _, reasons in plan.keep)
+    assert set(plan.lost) == set(plan.expire) and all(plan.lost.values())
 
 
 @given(lines, policies)
@@ -162,6 +197,11 @@ def test_what_was_kept_is_kept_again(line: list[Candidate], policy: Retention):
 def test_a_rule_more_never_keeps_less(line: list[Candidate], policy: Retention):
     both = set(plan_retention(line, policy).expire)
 
-    for one in (Retention(last=policy.last), Retention(every=policy.every), Retention(best=policy.best)):
+    for one in (
+        Retention(last=policy.last),
+        Retention(every=policy.every),
+        Retention(best=policy.best),
+        Retention(daily=policy.daily),
+    ):
         if one != Retention():
             assert both <= set(plan_retention(line, one).expire)

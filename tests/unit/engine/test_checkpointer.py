@@ -326,3 +326,29 @@ def test_a_loss_of_rank_0_is_told_by_the_ranks_that_are_left(error, blames):
     from dckpt.engine.failure_policy import blames_coordinator
 
     assert blames_coordinator(error) is blames
+
+
+def test_a_rollback_continues_from_an_earlier_step_and_fences_whoever_does_not_load_it(tmp_path):
+    root = tmp_path / "run"
+    loop, weights = Loop(), {}
+    with dckpt.Checkpointer(root, signals=(), on_save_error="raise") as checkpointer:
+        checkpointer.resume(loop.state)
+        for step in (1, 2, 3):
+            loop.step()
+            weights[step] = loop.model.weight.detach().clone()
+            checkpointer.save(loop.state, blocking=True)
+
+        assert checkpointer.rollback(2) == "step-0000000002.g0001"
+
+        loop.step()
+        with pytest.raises(dckpt.CommitConflictError, match="rollback"):
+            checkpointer.save(loop.state, blocking=True)
+        report = checkpointer.resume(loop.state)
+        assert report is not None and loop.progress.step == 2
+        assert torch.equal(loop.model.weight, weights[2])
+        loop.step()
+        assert torch.equal(loop.model.weight, weights[3])
+        assert checkpointer.save(loop.state, blocking=True).outcome == "committed"
+
+        assert checkpointer.steps() == [1, 2, 3]
+    assert sorted(path.name for path in root.glob("step-*"))[2:] == ["step-0000000003.g0001", "step-0000000003.g0003"]

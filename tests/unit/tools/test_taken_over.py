@@ -166,7 +166,7 @@ def test_a_plan_keeps_what_is_referred_to_and_counts_what_is_really_freed(tmp_pa
     if way == "references":
         assert [row.name for row in plan.remove] == [SECOND]
         kept = {row.name: row.reasons for row in plan.keep}
-        assert kept[FIRST] == (f"files of {THIRD} lie in it", "expired by the policy")
+        assert kept[FIRST] == (f"files of {THIRD} lie in it", "no rule keeps it: not among the last 1")
         assert plan.freed_bytes == sizes[SECOND] - base - sums
         assert apply_prune(storage, plan) == 1
         assert damages(root) == {FIRST: [], THIRD: []}

@@ -42,6 +42,7 @@ from dckpt.ranks.coordination import Coordination
 from dckpt.ranks.topology import detect_topology
 from dckpt.resume.report import LoadResult, ResumeReport
 from dckpt.resume.validator import validate
+from dckpt.state.progress import micro_batches
 from dckpt.state.train_state import TrainState
 from dckpt.storage.opening import open_storage
 
@@ -59,9 +60,17 @@ LINGER_AFTER_ERROR_S = 2.0  # when a rank leaves by an exception the others may 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResumePolicy:
-    """How `resume` behaves. walk_back: pass over checkpoints whose damage was confirmed by a second read."""
+    """How `resume` behaves. walk_back: pass over checkpoints whose damage was confirmed by a second read.
+
+    gradients: what becomes of those that a checkpoint from the middle of an accumulation holds: "restore", or "drop" and
+        begin that step again, which the report says.
+    """
 
     walk_back: bool = True
+    gradients: Literal["restore", "drop"] = "restore"
+
+    def __post_init__(self) -> None:
+        ensure_choice("gradients", self.gradients, ("restore", "drop"), of="ResumePolicy")
 
 
 class Checkpointer:
@@ -144,7 +153,9 @@ class Checkpointer:
     def step(self, state: TrainState, *, metrics: Mapping[str, float] | None = None) -> StepAction:
         """Call once after each optimizer step. Saves when due; returns `Stop` after a signal, with the state committed.
 
-        All ranks stop at the same step. In the middle of gradient accumulation nothing happens. When the work is done
+        All ranks stop at the same step. It may be called after each `progress.accumulate()` too: then a signal is heard in the
+        middle of a step, and where the gradients so far can be stored that is saved; else the step is finished first.
+        When the work is done
         (`progress.max_steps` or `max_epochs`) the last state is saved, waited for, and `Stop` returned too: leave the loop
         and exit with `0 if progress.done else dckpt.EXIT_STOPPED` (75: "start the same command again"). `metrics` go into
         the checkpoint if this step is saved. If the save before a stop fails twice its error is raised: nothing comes
@@ -157,16 +168,18 @@ class Checkpointer:
                 "TrainProgress(...)) and call progress.advance(), or call save(state, step=...) yourself."
             )
         self._ensure_open()
-        if progress.micro_step:
+        if progress.micro_step and progress.batch is None:
             return StepAction.CONTINUE
         if self._is_over:
             log.warning("step() was called after the end, at step %d: nothing is saved; leave the loop", progress.step)
             return StepAction.STOP
+        if progress.micro_step:
+            return self._step_within(state, metrics)
         if not self._is_warmed:
             # Now the optimizer has its state, and the first save is usually some steps away.
             self._is_warmed = True
             self._saver.warm(state)
-        decided = self._cadence.decide(progress.step, is_last=progress.done)
+        decided = self._cadence.decide(progress.step, is_last=progress.done, accumulation=micro_batches(progress))
         if decided.stop is None and not decided.save:
             self._collect()
             return StepAction.CONTINUE
@@ -181,6 +194,24 @@ class Checkpointer:
             self._finish_final(state, pending, metrics)
             return StepAction.STOP
         return StepAction.CONTINUE
+
+    def _step_within(self, state: TrainState, metrics: Mapping[str, float] | None) -> StepAction:
+        """Between micro-batches: a signal is obeyed at once where every rank can store its gradients."""
+        progress = state.progress
+        decided = self._cadence.decide(
+            progress.step, is_last=False, micro_step=progress.micro_step, accumulation=micro_batches(progress)
+        )
+        if decided.stop is None:
+            return StepAction.CONTINUE
+        where = f"step {progress.step}, micro-step {progress.micro_step}"
+        if self._is_anywhere("gradients", state.gradient_obstacle() is not None, where):
+            self._cadence.reset()  # asked again at the next call, and obeyed at the end of the step
+            return StepAction.CONTINUE
+        if self._topology.is_coordinator:
+            log.warning("%s received: saving %s, then stopping", decided.stop, where)
+        self._is_over = True
+        self._finish_final(state, self.save(state, metrics=metrics), metrics)
+        return StepAction.STOP
 
     def _finish_final(self, state: TrainState, pending: PendingSave, metrics: Mapping[str, float] | None) -> None:
         """The last save of this process: one that failed is tried once more, then its error is raised."""
@@ -200,6 +231,7 @@ class Checkpointer:
         step: int | None = None,
         metrics: Mapping[str, float] | None = None,
         blocking: bool = False,
+        gradients: Literal["store", "drop"] = "store",
     ) -> PendingSave:
         """Saves `state` as `step` (default: `state.progress.step`); every rank must call it.
 
@@ -208,13 +240,16 @@ class Checkpointer:
         for first. The same step saved again without an optimizer step between returns the same `PendingSave`. A failed save
         is in `.outcome` and `.error` (see `on_save_error`).
 
+        In the middle of an accumulation (`progress.micro_step`) the gradients so far are stored, or dropped: a resume then
+        begins that step again. `ConfigError` where they lie out of reach (FSDP2 without gradient sync).
+
         Raises `ConfigError` if the run has checkpoints and nothing was loaded, or if the step did not move while the
         optimizer did; `CommitConflictError` if another job took over; `PoisonedStateError` after a failed load.
         """
         self._ensure_open()
         self._ensure_not_poisoned()
         started = time.monotonic()
-        request = replace(self._request(state, step, metrics or {}), is_blocking=blocking)
+        request = self._request(state, step, metrics or {}, gradients, is_blocking=blocking)
         last = self._last
         if last is not None and last.is_same_step(request):
             refusal = last.unmoved_step(state, request)
@@ -279,7 +314,10 @@ class Checkpointer:
             self._saver.give_up(job, self._deadline_s)
             self._thread = SaveThread("dckpt-save")
 
-    def _request(self, state: TrainState, step: int | None, metrics: Mapping[str, float]) -> SaveRequest:
+    def _request(
+        self, state: TrainState, step: int | None, metrics: Mapping[str, float], gradients: str, *, is_blocking: bool
+    ) -> SaveRequest:
+        ensure_choice("gradients", gradients, ("store", "drop"), of="Checkpointer.save")
         progress = state.progress
         if step is None:
             if progress is None:
@@ -288,30 +326,35 @@ class Checkpointer:
                 )
             step = progress.step
         micro_step = progress.micro_step if progress is not None else 0
-        if micro_step:
-            raise ConfigError(
-                f"Save of step {step}: expected a boundary of gradient accumulation, found micro-step {micro_step}. "
-                "Gradients are not stored in this version: save after optimizer.step() and progress.advance()."
-            )
-        return SaveRequest(step=step, micro_step=micro_step, metrics=_plain_metrics(metrics))
+        return SaveRequest(
+            step=step,
+            micro_step=micro_step,
+            metrics=_plain_metrics(metrics),
+            stores_gradients=micro_step > 0 and gradients == "store",
+            is_blocking=is_blocking,
+        )
 
     def _is_busy_anywhere(self, step: int) -> bool:
         """Agreed by all ranks: one rank that skips while another saves would leave the other waiting."""
         busy = self._in_flight is not None and not self._in_flight.done
+        found = self._is_anywhere("busy", busy, f"step {step}")
+        if found and self._topology.is_coordinator:
+            log.warning("save of step %d skipped: the save before it is still in flight", step)
+        return found
+
+    def _is_anywhere(self, what: str, here: bool, where: str) -> bool:
+        """Whether it holds on any rank, the same answer on all; yes if they cannot agree, which leaves the save out."""
         session = self._coordination.session(
-            f"busy-{step}", what=f"check before saving step {step}", call=f"step(state) at step {step}"
+            f"{what}-{where}".replace(" ", ""), what=f"check before saving {where}", call=f"step(state) at {where}"
         )
         try:
-            answer = session.exchange("busy", b"1" if busy else b"0", _any_busy)
+            return session.exchange(what, b"1" if here else b"0", _any) == b"1"
         except DckptError as error:
             # All ranks hear it, so all of them skip; a save that cannot be agreed on must not end training.
-            log.error("save of step %d skipped: %s", step, error)  # noqa: TRY400
+            log.error("no save at %s: %s", where, error)  # noqa: TRY400
             return True
         finally:
             session.close()
-        if answer == b"1" and self._topology.is_coordinator:
-            log.warning("save of step %d skipped: the save before it is still in flight", step)
-        return answer == b"1"
 
     # -- loading -------------------------------------------------------------------------------------------------------
 
@@ -326,7 +369,7 @@ class Checkpointer:
         loaded = self._load(
             state,
             lambda catalog: catalog.line(),
-            LoadOptions(walk_back=chosen.walk_back, is_resume=True),
+            LoadOptions(walk_back=chosen.walk_back, is_resume=True, gradients=chosen.gradients),
             call="resume(state)",
         )
         if loaded is None:
@@ -530,7 +573,7 @@ def _plain_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
         raise ConfigError(f"metrics: expected numbers by name, found {dict(metrics)!r:.200}: {error}") from error
 
 
-def _any_busy(payloads: list[bytes]) -> bytes:
+def _any(payloads: list[bytes]) -> bytes:
     return b"1" if b"1" in payloads else b"0"
 
 

@@ -47,10 +47,10 @@ def ensure_kind(name: str, found: object, kind: type) -> None:
         )
 
 
-def ensure_choice(name: str, found: str, choices: tuple[str, ...]) -> None:
+def ensure_choice(name: str, found: str, choices: tuple[str, ...], *, of: str = "Checkpointer") -> None:
     """One of a few words."""
     if found not in choices:
-        raise ConfigError(f"Checkpointer({name}=): expected one of {', '.join(choices)}, found {found!r}.")
+        raise ConfigError(f"{of}({name}=): expected one of {', '.join(choices)}, found {found!r}.")
 
 
 def neighbouring_runs(place: str) -> list[str]:

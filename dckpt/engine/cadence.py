@@ -49,7 +49,7 @@ class StepDecision:
 
 
 class Cadence:
-    """Decides at *checks*. A check costs one store read a rank; how many steps lie between two is itself decided.
+    """Decides at *checks*. A check costs one store read a rank; how many micro-batches lie between two is itself decided.
 
     Every rank must call `decide` with the same steps. Ranks other than the coordinator wait in a check until the
     coordinator has come to the same step, at most `deadline_s`.
@@ -86,16 +86,23 @@ class Cadence:
         self._next_check = 0
         self._last_check = None
 
-    def decide(self, step: int, is_last: bool) -> StepDecision:
-        """What to do after optimizer step `step`. `is_last`: training ends here, so its state is worth saving."""
-        due = is_last or (self._every is not None and self._every.steps is not None and step % self._every.steps == 0)
-        if step < self._next_check and not is_last:
+    def decide(self, step: int, is_last: bool, *, micro_step: int = 0, accumulation: int = 1) -> StepDecision:
+        """What to do after optimizer step `step`. `is_last`: training ends here, so its state is worth saving.
+
+        Checks are counted in micro-batches, `accumulation` a step. In the middle of a step (`micro_step`) only signals count.
+        """
+        every = self._every
+        due = not micro_step and (
+            is_last or (every is not None and every.steps is not None and step % every.steps == 0)
+        )
+        place = step * accumulation + micro_step
+        if place < self._next_check and not is_last:
             return StepDecision(save=due, stop=None)
         self._checks += 1
         self._post_signal()
         key = f"check/{self._checks}"
         if self._topology.is_coordinator:
-            message = self._judge(step)
+            message = self._judge(place)
             self._coordination.publish(key, message)
             if self._checks > CHECKS_KEPT:
                 self._coordination.delete(f"check/{self._checks - CHECKS_KEPT}")
@@ -105,7 +112,7 @@ class Cadence:
             )
         decided = load_json(message, key=key, limit=65536)
         self._next_check = decided["next"]
-        return StepDecision(save=due or decided["save"], stop=decided["stop"])
+        return StepDecision(save=due or (decided["save"] and not micro_step), stop=decided["stop"])
 
     def _post_signal(self) -> None:
         received = self._signals.received
@@ -113,7 +120,7 @@ class Cadence:
             self._posted = received
             self._coordination.publish("signal", received.encode())
 
-    def _judge(self, step: int) -> bytes:
+    def _judge(self, place: int) -> bytes:
         now = self._clock()
         signal = self._coordination.read("signal")
         late = (
@@ -122,10 +129,10 @@ class Cadence:
             and now - self._last_save_s >= 60 * self._every.minutes
         )
         ahead = 1
-        if self._last_check is not None and step > self._last_check[0]:
-            taken = step - self._last_check[0]
-            seconds_a_step = (now - self._last_check[1]) / taken
+        if self._last_check is not None and place > self._last_check[0]:
+            taken = place - self._last_check[0]
+            seconds_each = (now - self._last_check[1]) / taken
             # At most twice as far as last time: a few quick steps say little about those that follow.
-            ahead = max(1, min(2 * taken, int(CHECK_INTERVAL_S / max(seconds_a_step, 1e-6))))
-        self._last_check = (step, now)
-        return dump_json({"save": late, "stop": signal.decode() if signal else None, "next": step + ahead})
+            ahead = max(1, min(2 * taken, int(CHECK_INTERVAL_S / max(seconds_each, 1e-6))))
+        self._last_check = (place, now)
+        return dump_json({"save": late, "stop": signal.decode() if signal else None, "next": place + ahead})

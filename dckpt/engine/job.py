@@ -91,4 +91,5 @@ class SaveRequest:
     micro_step: int
     metrics: Mapping[str, float]
     refusal: ConfigError | None = None  # why this rank cannot save; all ranks raise it together
+    stores_gradients: bool = False  # in the middle of an accumulation
     is_blocking: bool = False  # the caller waits for the outcome: the state needs no image

@@ -54,6 +54,7 @@ class LoadOptions:
     allow_missing: Sequence[str] = ()
     allow_unexpected: Sequence[str] = ()
     cast: Literal["exact", "allow"] = "exact"
+    gradients: Literal["restore", "drop"] = "restore"
     walk_back: bool = False
     is_resume: bool = False  # training goes on: a part that it would silently start without is a difference
 
@@ -238,6 +239,7 @@ class Loader:
             parts=tuple(part for part in saved.parts if part not in candidate.plan.skipped_parts),
             skipped_parts=tuple(candidate.plan.skipped_parts),
             rng=candidate.rng.told,
+            continued_micro_step=candidate.plan.micro_step,
             carried_from_rank_0=saved.carried_tensors(),
             bytes_read=candidate.files.tally.total,
         )
@@ -262,6 +264,7 @@ class Loader:
                 allow_missing=options.allow_missing,
                 allow_unexpected=options.allow_unexpected,
                 cast=options.cast,
+                gradients=options.gradients,
             )
             rng = self._plan_rng(state, saved, options)
             return _Candidate(number, name, saved, plan, rng, describe_wanted(saved, plan), files), None

@@ -7,6 +7,7 @@ from typing import Any
 
 from dckpt.dcp.read import CheckpointFiles
 from dckpt.errors import CorruptCheckpointError
+from dckpt.format.accumulation import GRADIENTS
 from dckpt.format.index import LayoutIndex
 from dckpt.format.manifest import Manifest
 from dckpt.format.values import load_json
@@ -94,7 +95,7 @@ class SavedState:
             return []
         refused = refused_records(self._rank_tensors, self.manifest.rank_values, self.parts, world_size=self.world_size)
         return [
-            f"{text}; make it equal on every rank, or load without it (parts=...)"
+            text if name == GRADIENTS else f"{text}; make it equal on every rank, or load without it (parts=...)"
             for name, text in refused.items()
             if part_of(name, self.parts) in wanted_parts
         ]

@@ -304,7 +304,7 @@ class Saver:
             if request.refusal is not None:
                 raise request.refusal
             failpoint.reach("before_plan")
-            captured = state.capture()
+            captured = state.capture(gradients=request.stores_gradients)
             return describe_state(captured, self._agreement.described, world_size=self._topology.world_size), None
         except Exception as error:  # noqa: BLE001 - it travels to all ranks, which raise it together
             return None, error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+from dckpt.format.accumulation import DROP_GRADIENTS, GRADIENTS
 from dckpt.planning.records import RNG
 
 # Parts whose per-rank difference has a defined answer on another number of ranks: rank 0's value, said in the report.
@@ -29,7 +30,15 @@ def refused_records(
     """Name -> why it cannot be carried over to another mesh, of everything that differed by rank and has no meaning there."""
     names = [name for name in rank_values if name not in (RNG, *CARRIED_VALUES)]
     names += [name for name in rank_tensors if part_of(name, parts) not in CARRIED_PARTS]
-    return {
+    refused = {
         name: f"{name}: differed between the {world_size} ranks that saved it, so it has no meaning on another mesh"
         for name in sorted(names)
+        if part_of(name, parts) != GRADIENTS
     }
+    if len(refused) < len(names):
+        # One line for all parameters: what it is about is the accumulation.
+        refused[GRADIENTS] = (
+            f"{GRADIENTS}: gradients of a started accumulation that {world_size} ranks had not reduced yet have no meaning on "
+            f"another mesh. Continue on the {world_size} ranks that saved them, or begin that step again: {DROP_GRADIENTS}"
+        )
+    return refused

@@ -13,6 +13,8 @@ from dckpt.format.manifest import Manifest
 class LoadResult:
     """What a load did. `rng`: stream -> "exact", "copied", "re-derived" or why it was left alone.
 
+    continued_micro_step: micro-batches of the running step that are in the restored gradients, as this run counts them; where it
+    is 0 and `micro_step` is not, they were dropped or never stored, and the step begins again.
     bytes_read: what this rank read for it, from the page cache or the medium: shard files, their checksums, the index. The
     manifest is left out. Differs by rank.
     """
@@ -28,6 +30,7 @@ class LoadResult:
     rng: dict[str, str]
     damaged: tuple[str, ...] = ()  # checkpoints passed over because of confirmed corruption, newest first
     carried_from_rank_0: tuple[str, ...] = ()  # tensors that differed by rank and could not be kept so
+    continued_micro_step: int = 0
     bytes_read: int = 0
 
     def __str__(self) -> str:
@@ -75,6 +78,7 @@ class ResumeReport:
             "checkpoint": loaded.checkpoint,
             "step": loaded.step,
             "micro_step": loaded.micro_step,
+            "continued_micro_step": loaded.continued_micro_step,
             "generation": loaded.generation,
             "saved_world_size": loaded.manifest.world_size,
             "world_size": self.world_size,

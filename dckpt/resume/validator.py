@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dckpt.findings import Finding
+from dckpt.format.accumulation import GRADIENTS
 from dckpt.resume.facts import global_batch
 from dckpt.resume.report import LoadResult, ResumeReport
 from dckpt.state.train_state import TrainState
@@ -15,6 +16,7 @@ def validate(state: TrainState, loaded: LoadResult, world_size: int) -> ResumeRe
         *_check_world_size(loaded, world_size),
         *_check_rank_tensors(loaded, world_size),
         *_check_parts(loaded),
+        *_check_accumulation(loaded),
         *_check_work_remains(state),
         *_check_global_batch(state, loaded),
     ]
@@ -85,6 +87,27 @@ def _check_parts(loaded: LoadResult) -> list[Finding]:
             message=f"the checkpoint holds part {part}, which this TrainState does not have; it was skipped.",
         )
         for part in loaded.skipped_parts
+        if part != GRADIENTS
+    ]
+
+
+def _check_accumulation(loaded: LoadResult) -> list[Finding]:
+    lost = loaded.micro_step
+    if not lost or loaded.continued_micro_step:
+        return []
+    is_stored = GRADIENTS in loaded.manifest.parts
+    batches = f"{lost} micro-batch" + ("es" if lost > 1 else "")
+    return [
+        Finding(
+            check="accumulation",
+            severity="warning",
+            expected=f"the gradients of {batches}",
+            found="dropped by this resume" if is_stored else "not in the checkpoint",
+            remedy="none needed if the data's position counts optimizer steps: they are computed again",
+            message=f"the gradients of {batches} of step {loaded.step} were "
+            f"{'dropped' if is_stored else 'not stored'}: that step begins again. If the data's position counts optimizer steps "
+            "they are computed again, with other random numbers; else their samples are lost.",
+        )
     ]
 
 

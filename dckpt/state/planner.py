@@ -93,8 +93,8 @@ class Planner:
 
     # Reads.
 
-    def fits(self, saved_name: str, live: torch.Tensor, *, label: str) -> bool:
-        """Whether a saved tensor may go into a live one; a difference in shape or dtype is noted."""
+    def fits(self, saved_name: str, live: torch.Tensor, *, label: str, is_any_dtype: bool = False) -> bool:
+        """Whether a saved tensor may go into a live one; a difference in shape, or in dtype if that counts, is noted."""
         self._consumed.add(saved_name)
         found = self.saved.get(saved_name)
         if found is None:
@@ -106,7 +106,7 @@ class Planner:
             self.differ(f"{label}: shape {tuple(shape)} in the checkpoint, {tuple(live.shape)} live")
             return False
         live_dtype = DTYPE_NAMES[live.dtype]
-        if dtype != live_dtype and self._cast != "allow":
+        if dtype != live_dtype and self._cast != "allow" and not is_any_dtype:
             self.differ(f"{label}: dtype {dtype} in the checkpoint, {live_dtype} live; cast='allow' would convert it")
             return False
         return True

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.distributed.tensor import DTensor
 
 from dckpt.errors import ConfigError, CorruptCheckpointError
+from dckpt.state.rng import preserved_rng
+
+T = TypeVar("T")
 
 # Device losses that wait to be converted; beyond this many they are converted at once, with one synchronisation.
 _PENDING_MAX = 1000
@@ -65,7 +69,7 @@ class TrainProgress:
         self.samples = 0
         """Samples over all ranks whose gradients are in a step taken."""
         self.micro_step = 0
-        """Micro-batches since the last optimizer step; a loop that saves inside an accumulation counts them here."""
+        """Micro-batches since the last optimizer step, as `accumulate` counts them."""
         self.batch_history: list[tuple[int, int]] = []
         """(step, samples per step): from this step on, until the next entry. Appended when it changes."""
         self._history = history
@@ -92,6 +96,44 @@ class TrainProgress:
         elif kept is not None:
             self._settle()
             self._note(self.step, kept)
+
+    def accumulate(self) -> bool:
+        """One more micro-batch is in the gradients: call it after its backward(). True when the optimizer step is due.
+
+        Between two such calls `Checkpointer.save` stores the gradients. After a resume `micro_step` says how many
+        micro-batches of the step are in the restored gradients: those are not computed again (`unconsumed`), and
+        `optimizer.zero_grad()` belongs after an optimizer step, not before the first micro-batch.
+        """
+        if self.batch is None:
+            raise ConfigError(
+                "TrainProgress.accumulate: expected to know how many micro-batches make a step, found no batch. Give "
+                "TrainProgress(batch=Batch(micro=..., accumulation=...)), or count in progress.micro_step yourself."
+            )
+        if self.micro_step >= self.batch.accumulation:
+            raise ConfigError(
+                f"TrainProgress.accumulate: expected at most {self.batch.accumulation} micro-batches a step, found one more. "
+                "Call progress.advance() after each optimizer.step()."
+            )
+        self.micro_step += 1
+        return self.micro_step == self.batch.accumulation
+
+    def unconsumed(self, micro_batches: Iterable[T]) -> Iterator[T]:
+        """The micro-batches from here on: those of the running step that are in the gradients already are left out.
+
+        `micro_batches` begins with the running step, as a loader does whose position counts optimizer steps. What is
+        left out is fetched, and leaves the global random streams where they are.
+        """
+        if not self.micro_step:
+            return iter(micro_batches)
+        with preserved_rng():
+            found = iter(micro_batches)
+            for number in range(self.micro_step):
+                if next(found, self) is self:
+                    raise ConfigError(
+                        f"TrainProgress.unconsumed: expected the {self.micro_step} micro-batches of the running step that are "
+                        f"in the gradients, found {number}. Give it the loader of this step's data."
+                    )
+            return found
 
     def finish_epoch(self) -> None:
         """One more epoch is complete."""
@@ -174,6 +216,29 @@ class TrainProgress:
             del self._settled[:excess]
         if not math.isnan(loss) and (self._best is None or loss < self._best):
             self._best = loss
+
+
+def batch_of(progress: TrainProgress) -> tuple[int, int, int] | None:
+    """(micro, accumulation, data_parallel) of the running job, if it says so."""
+    batch = progress.batch
+    return None if batch is None else (batch.micro, batch.accumulation, batch.data_parallel)
+
+
+def micro_batches(progress: TrainProgress) -> int:
+    """Micro-batches of one optimizer step; 1 where nobody said."""
+    return 1 if progress.batch is None else progress.batch.accumulation
+
+
+def accumulation_of(record: Any) -> tuple[int, tuple[int, ...] | None] | None:
+    """(micro_step, batch) of a saved record of a `TrainProgress`; None if it is a record of something else."""
+    state = record.get("state") if isinstance(record, dict) else None
+    if not isinstance(state, dict) or "micro_step" not in state:
+        return None
+    batch = state.get("batch")
+    is_batch = isinstance(batch, list) and len(batch) == 3 and all(type(n) is int and n > 0 for n in batch)
+    if batch is not None and not is_batch:
+        raise _damaged("batch", "three ints of at least 1, or nothing", batch)
+    return _counter(state, "micro_step"), None if batch is None else tuple(batch)
 
 
 def _kept_loss(loss: Any) -> torch.Tensor | float | None:

@@ -86,6 +86,10 @@ class RestorePlan:
     reads: list[tuple[str, torch.Tensor]] = field(default_factory=list)
     differences: list[str] = field(default_factory=list)
     skipped_parts: list[str] = field(default_factory=list)
+    saved_micro_step: int = 0
+    """Micro-batches of a started accumulation when the checkpoint was saved."""
+    micro_step: int = 0
+    """Those of them, as this run counts, whose gradients are restored: less means that they are computed again."""
     actions: list[Callable[[], None]] = field(default_factory=list)
 
     def apply(self) -> None:

@@ -5,20 +5,23 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from dckpt.errors import ConfigError
+from dckpt.format.accumulation import DROP_GRADIENTS, GRADIENTS, carried_micro_step
 from dckpt.format.values import encode_value
 from dckpt.state import model as model_state
 from dckpt.state import optimizer as optimizer_state
+from dckpt.state.gradients import capture_gradients, gradient_obstacle, plan_gradients
 from dckpt.state.holders import Collected, Stateful, capture_holder, plan_holder
 from dckpt.state.naming import ensure_key
 from dckpt.state.optimizer import OptimizerPlan, OptimizerState
 from dckpt.state.planner import Planner
+from dckpt.state.progress import TrainProgress, accumulation_of, batch_of
 from dckpt.state.records import Captured, Cast, CheckpointView, RestorePlan
 from dckpt.state.rng import capture_rng
 
@@ -127,6 +130,10 @@ class TrainState:
         """How often `step` ran on the optimizers since this state was made; None without an optimizer."""
         return self._counter.count if self._optimizers else None
 
+    def gradient_obstacle(self) -> str | None:
+        """Why the gradients of a started accumulation cannot be stored now, or None."""
+        return gradient_obstacle(self._models)
+
     def detach_hooks(self) -> None:
         """Stop counting optimizer steps."""
         self._release()
@@ -149,10 +156,10 @@ class TrainState:
 
     # Saving.
 
-    def capture(self) -> Captured:
+    def capture(self, *, gradients: bool = False) -> Captured:
         """The state at this instant: names, live tensors, values. Communicates nothing, changes nothing.
 
-        Call it between optimizer steps, on every rank.
+        Call it between optimizer steps, on every rank; with `gradients` also between the micro-batches of one.
         """
         collected = Collected()
         trees: dict[str, Any] = {"model": self._capture_models(collected)}
@@ -160,6 +167,9 @@ class TrainState:
             trees["optim"] = self._capture_optimizers(collected)
         for component, obj in self._holders().items():
             trees[component] = capture_holder(obj, collected, name=component, what=component)
+        if gradients:
+            tensors, trees[GRADIENTS] = capture_gradients(self._models, micro_step=self.progress.micro_step)
+            collected.tensors += tensors
         values = {component: encode_value(tree, path=component) for component, tree in trees.items()}
         _ensure_unique([tensor.name for tensor in collected.tensors])
         # Last, so that it is the streams' state when the capture is complete, whatever a user's state_dict() drew.
@@ -195,18 +205,22 @@ class TrainState:
         allow_missing: Sequence[str] = (),
         allow_unexpected: Sequence[str] = (),
         cast: Cast = "exact",
+        gradients: Literal["restore", "drop"] = "restore",
     ) -> RestorePlan:
         """How the checkpoint would go into this state; nothing live is touched yet.
 
         Every difference is listed at once in the plan. `parts` restricts the load (`extra` stands for all extras);
         `allow_missing` and `allow_unexpected` are names with `*` as in a shell, such as `model.head.*`, and keep the
         live value or drop the saved one. `cast="allow"` converts dtypes. Optimizer, scheduler and scaler are loaded
-        as one set.
+        as one set. `gradients`: those of an accumulation in which the checkpoint was saved are restored with the progress
+        (or `parts` leaves them out), or dropped; without them the accumulation begins again.
         """
         if cast not in ("exact", "allow"):
             raise ConfigError(f"cast={cast!r}: expected 'exact' or 'allow'")
         chosen = self._chosen_parts(parts, view)
         planner = Planner(view, allow_missing=allow_missing, allow_unexpected=allow_unexpected, cast=cast)
+        if GRADIENTS in view.parts and gradients == "restore" and (parts is None or GRADIENTS in parts):
+            chosen |= {GRADIENTS}
         planner.plan.skipped_parts = [part for part in view.parts if part not in chosen and part != "rng"]
         if "model" in chosen:
             self._plan_models(planner)
@@ -221,7 +235,30 @@ class TrainState:
             )
         for plan in plans:
             planner.plan.actions.append(plan.reassert_options)
+        self._plan_accumulation(planner, chosen, converts=cast == "allow")
         return planner.plan
+
+    def _plan_accumulation(self, planner: Planner, chosen: set[str], *, converts: bool) -> None:
+        """After everything else: gradients, and the micro-step that they stand for in this run."""
+        if GRADIENTS in chosen:
+            plan_gradients(self._models, planner.decode(GRADIENTS), planner, converts=converts)
+        if "progress" not in chosen or not isinstance(self.progress, TrainProgress):
+            return
+        found = accumulation_of(planner.decode("progress"))
+        if found is None:
+            return
+        plan = planner.plan
+        plan.saved_micro_step, saved_batch = found
+        if GRADIENTS in chosen:
+            micro_step = carried_micro_step(plan.saved_micro_step, saved_batch, batch_of(self.progress))
+            if isinstance(micro_step, str):
+                planner.differ(
+                    f"{GRADIENTS}: gradients of {plan.saved_micro_step} micro-batches cannot go on in this run: {micro_step}. "
+                    f"Continue with the saved batch, or begin that step again: {DROP_GRADIENTS}"
+                )
+                return
+            plan.micro_step = micro_step
+        plan.actions.append(lambda: setattr(self.progress, "micro_step", plan.micro_step))
 
     def _chosen_parts(self, parts: Sequence[str] | None, view: CheckpointView) -> set[str]:
         live = {part for part in self.parts if part != "rng"}
@@ -230,7 +267,11 @@ class TrainState:
         if isinstance(parts, str):
             raise ConfigError(f"parts={parts!r}: expected a sequence of names, such as ({parts!r},)")
         extras = {part for part in live if part.startswith("extra.")}
-        chosen = {part for part in parts if part not in ("rng", "extra")} | (extras if "extra" in parts else set())
+        chosen = {part for part in parts if part not in ("rng", "extra", GRADIENTS)} | (
+            extras if "extra" in parts else set()
+        )
+        if GRADIENTS in parts and not {"model", "progress"} & live <= chosen:
+            raise ConfigError(f"parts={tuple(parts)}: {GRADIENTS} goes with model and progress. Name them too")
         unknown = sorted(chosen - live)
         if unknown:
             raise ConfigError(f"parts={tuple(parts)}: this TrainState has no {unknown}; it has {sorted(live)}")

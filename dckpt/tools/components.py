@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 
+from dckpt.format.accumulation import GRADIENTS
 from dckpt.format.manifest import Manifest
 from dckpt.format.shard_file import DTYPES
 
@@ -19,6 +20,7 @@ CONSEQUENCES: Mapping[str, str] = {
     "progress": "step and sample counts restart at zero",
     "data": "the data order starts over: samples are repeated",
     "rng": "random streams restart: dropout and shuffling differ from the uninterrupted run",
+    "grad": "the gradients of a started accumulation were dropped: that optimizer step begins again",
     "scaler": "the loss scale restarts at its initial value: the first steps may overflow and be skipped",
 }
 """The components of a complete training state, in the order in which they are listed."""
@@ -104,6 +106,8 @@ def _present_names(manifest: Manifest) -> set[str]:
 def _is_expected(name: str, manifest: Manifest) -> bool:
     if not is_training_state(manifest):
         return False
+    if name == GRADIENTS:
+        return manifest.micro_step > 0
     # Only float16 training scales its loss; a bf16 or fp32 run without a scaler lacks nothing.
     return name != "scaler" or _trains_in_float16(manifest)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import dckpt
 from dckpt import failpoint
@@ -167,17 +168,46 @@ def test_ranks_pay_the_same_and_wait_for_nobody_between_checks(ranks: RankPool, 
         assert seconds < 10
 
 
-def test_in_the_middle_of_an_accumulation_nothing_happens(opened: Opened) -> None:
-    checkpointer, run = opened(save=dckpt.Every(steps=1), max_steps=3)
+def test_in_the_middle_of_an_accumulation_nothing_is_saved_without_a_signal(opened: Opened) -> None:
+    checkpointer, run = opened(save=dckpt.Every(steps=1, minutes=0.001), max_steps=3)
     calls = count_calls(checkpointer)
+    cadence: Any = checkpointer._cadence
+    cadence._clock = Clock()
+    cadence._clock.now += 60
     run.progress.step = 3
     run.progress.micro_step = 1
 
     assert checkpointer.step(run.state) is dckpt.Continue
-    assert (calls(), checkpointer.steps()) == (0, [])
+    assert (calls(), checkpointer.steps()) == (0, [])  # nobody said how long an accumulation is
+    run.progress.batch = dckpt.Batch(micro=2, accumulation=4)
+    assert checkpointer.step(run.state) is dckpt.Continue
+    assert checkpointer.steps() == []
     run.progress.micro_step = 0
     checkpointer.step(run.state)
     assert checkpointer.steps() == [3]
+
+
+@pytest.mark.parametrize("has_gradients", [True, False])
+def test_a_signal_in_the_middle_of_an_accumulation_saves_there_or_says_why_it_cannot(
+    opened: Opened, has_gradients: bool
+) -> None:
+    checkpointer, run = opened(signals=(signal.SIGUSR1,))
+    run.progress.batch = dckpt.Batch(micro=2, accumulation=4)
+    run.step()
+    run.optimizer.zero_grad()
+    if has_gradients:
+        run.model(torch.ones(2, run.width)).sum().backward()
+    run.progress.accumulate()
+    os.kill(os.getpid(), signal.SIGUSR1)
+
+    if has_gradients:
+        assert checkpointer.step(run.state) is dckpt.Stop
+        (name,) = [entry.name for entry in Path(checkpointer._storage.locate("")).glob("step-*")]
+        assert name == "step-0000000001.g0001.m1"
+        assert checkpointer.step(run.state) is dckpt.Stop
+    else:
+        with pytest.raises(ConfigError, match="found none on any parameter"):
+            checkpointer.step(run.state)
 
 
 def test_step_needs_progress_and_an_open_checkpointer(opened: Opened) -> None:

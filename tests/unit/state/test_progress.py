@@ -132,3 +132,30 @@ def test_arguments_of_the_wrong_kind_are_refused():
         TrainProgress().advance("low")
     with pytest.raises(ConfigError, match="samples"):
         TrainProgress().advance(samples=-1)
+
+
+def test_micro_batches_are_counted_up_to_the_step_that_they_make():
+    progress = TrainProgress(batch=Batch(micro=2, accumulation=3))
+    assert [progress.accumulate() for _ in range(3)] == [False, False, True]
+    with pytest.raises(ConfigError, match="at most 3 micro-batches"):
+        progress.accumulate()
+    progress.advance()
+    assert (progress.micro_step, progress.accumulate()) == (0, False)
+    with pytest.raises(ConfigError, match="Batch"):
+        TrainProgress().accumulate()
+
+
+def test_micro_batches_that_are_in_the_gradients_are_left_out_and_draw_nothing():
+    progress = TrainProgress(batch=Batch(micro=2, accumulation=3))
+    assert list(progress.unconsumed([1, 2, 3])) == [1, 2, 3]
+    progress.accumulate()
+    progress.accumulate()
+    torch.manual_seed(1)
+    expected = torch.rand(1)
+    torch.manual_seed(1)
+    rest = progress.unconsumed((number, torch.rand(1)) for number in range(3))
+
+    assert torch.equal(next(rest)[1], expected)
+    assert list(rest) == []
+    with pytest.raises(ConfigError, match="found 1"):
+        progress.unconsumed([1])

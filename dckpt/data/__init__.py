@@ -1,0 +1,1 @@
+"""Which sample comes next: orders, positions, splits and per-sample randomness that depend on no number of ranks or workers."""

@@ -152,6 +152,11 @@ def _plan_stateful(obj: Any, record: Any, tree: Any, planner: Planner, *, name: 
     present = live_tensors(obj.state_dict(), name=name, path=what) if tensor_names(tree) else {}
     # The object decides what to do with the tensors, so it gets new ones.
     value = unflatten(tree, planner.fetcher(present, in_place=False))
+    differences = getattr(obj, "differences", None)
+    if callable(differences):
+        # Asked before anything live changes: a position in another order must not fail a load that is half done.
+        for text in differences(value):
+            planner.differ(f"{name}: {text}")
     planner.plan.actions.append(lambda: obj.load_state_dict(value))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -39,11 +39,36 @@ class Batch:
         return self.micro * self.accumulation * self.data_parallel
 
 
+class SampleSource(Protocol):
+    """A sampler that `advance` moves; `ElasticDistributedSampler` is one."""
+
+    def advance(self, samples: int | None = None) -> int:
+        """One step further; returns its samples over all ranks, and refuses a count that is not that."""
+
+    def take_finished_epochs(self) -> int:
+        """How many epochs ended since this was asked last."""
+
+
+@dataclass(frozen=True, slots=True)
+class Leg:
+    """A part of a run's life, on its own data: the counters' values when it began. `name` as given to `start_leg`."""
+
+    name: str | None = None
+    step: int = 0
+    epoch: int = 0
+    samples: int = 0
+
+
 class TrainProgress:
     """Counts what is inside committed optimizer steps. Call `advance` after each of them.
 
-    `history` is how many losses are kept. The limits (`max_steps`, `max_epochs`) and `batch` belong to the running
-    job: they are saved for comparison and never overwritten by a load.
+    `step`, `epoch` and `samples` count over the run's whole life and never go back: they name checkpoints. A run has one or
+    more legs (`Checkpointer.start_leg`: further training, usually on other data); `leg_step`, `leg_epoch` and `leg_samples`
+    count from the beginning of the last one, and the limits `max_steps` and `max_epochs` are those of a leg.
+
+    `history` is how many losses are kept. The limits and `batch` belong to the running job: they are saved for comparison and
+    never overwritten by a load. Losses are kept over the legs, with their steps; the lowest one is kept for the life
+    (`best_loss`) and for the leg (`leg_best_loss`), for losses on different data do not compare.
     """
 
     def __init__(
@@ -64,8 +89,6 @@ class TrainProgress:
         self.batch = batch
         self.step = 0
         """Optimizer steps taken."""
-        self.epoch = 0
-        """Epochs finished."""
         self.samples = 0
         """Samples over all ranks whose gradients are in a step taken."""
         self.micro_step = 0
@@ -76,13 +99,31 @@ class TrainProgress:
         self._settled: list[tuple[int, float]] = []
         self._pending: list[tuple[int, torch.Tensor]] = []
         self._best: float | None = None
+        self._leg_best: float | None = None
+        self._epoch = 0
+        self._legs = [Leg()]
+        self._sources: list[SampleSource] = []
+
+    # What moves it.
+
+    def draw_from(self, source: SampleSource) -> None:
+        """From now on `advance` also moves this sampler, which then says how many samples a step has and when an epoch ends.
+
+        `TrainState(data=sampler, progress=progress)` calls it. Of several samplers every one is moved by each step, and the
+        first one counts the epochs.
+        """
+        if not any(known is source for known in self._sources):
+            self._sources.append(source)
 
     def advance(self, loss: Any = None, samples: int | None = None) -> None:
-        """One more optimizer step. A tensor loss is kept as it is, without waiting for the device."""
-        count = samples if samples is not None else (self.batch.samples if self.batch is not None else None)
-        if count is not None and (type(count) is not int or count < 0):
+        """One more optimizer step. A tensor loss is kept as it is, without waiting for the device.
+
+        `samples`: over all ranks; left out, the sampler's step if it draws from one, else the batch's.
+        """
+        if samples is not None and (type(samples) is not int or samples < 0):
             raise ConfigError(f"TrainProgress.advance(samples={samples!r}): expected an int of at least 0")
         kept = _kept_loss(loss)
+        count = self._count(samples)
         if count is not None:
             if not self.batch_history or self.batch_history[-1][1] != count:
                 self.batch_history.append((self.step, count))
@@ -96,6 +137,12 @@ class TrainProgress:
         elif kept is not None:
             self._settle()
             self._note(self.step, kept)
+
+    def _count(self, samples: int | None) -> int | None:
+        if self._sources:
+            given = samples if len(self._sources) == 1 else None
+            return sum(source.advance(given) for source in self._sources)
+        return samples if samples is not None or self.batch is None else self.batch.samples
 
     def accumulate(self) -> bool:
         """One more micro-batch is in the gradients: call it after its backward(). True when the optimizer step is due.
@@ -121,9 +168,10 @@ class TrainProgress:
         """The micro-batches from here on: those of the running step that are in the gradients already are left out.
 
         `micro_batches` begins with the running step, as a loader does whose position counts optimizer steps. What is
-        left out is fetched, and leaves the global random streams where they are.
+        left out is fetched, and leaves the global random streams where they are. A sampler that this progress draws from has
+        left them out itself, so nothing is left out here.
         """
-        if not self.micro_step:
+        if not self.micro_step or self._sources:
             return iter(micro_batches)
         with preserved_rng():
             found = iter(micro_batches)
@@ -136,14 +184,62 @@ class TrainProgress:
             return found
 
     def finish_epoch(self) -> None:
-        """One more epoch is complete."""
-        self.epoch += 1
+        """One more epoch is complete. Does nothing if a sampler counts the epochs: it knows when one ends."""
+        if not self._sources:
+            self._epoch += 1
+
+    def begin_leg(self, name: str | None = None) -> None:
+        """The leg's counters begin at zero, those of the life go on. `Checkpointer.start_leg` calls it."""
+        self._settle()
+        self._legs.append(Leg(name, self.step, self.epoch, self.samples))
+        self._leg_best = None
+
+    # What it says.
+
+    @property
+    def epoch(self) -> int:
+        """Epochs finished."""
+        for number, source in enumerate(self._sources):
+            finished = source.take_finished_epochs()
+            self._epoch += finished if number == 0 else 0
+        return self._epoch
+
+    @epoch.setter
+    def epoch(self, value: int) -> None:
+        for source in self._sources:
+            source.take_finished_epochs()
+        self._epoch = value
+
+    @property
+    def legs(self) -> tuple[Leg, ...]:
+        """All legs, the present one last."""
+        return tuple(self._legs)
+
+    @property
+    def leg(self) -> int:
+        """The number of the present leg, from 1."""
+        return len(self._legs)
+
+    @property
+    def leg_step(self) -> int:
+        """Optimizer steps of this leg."""
+        return self.step - self._legs[-1].step
+
+    @property
+    def leg_epoch(self) -> int:
+        """Epochs finished in this leg."""
+        return self.epoch - self._legs[-1].epoch
+
+    @property
+    def leg_samples(self) -> int:
+        """Samples of this leg, over all ranks."""
+        return self.samples - self._legs[-1].samples
 
     @property
     def done(self) -> bool:
-        """A limit is reached."""
-        steps_done = self.max_steps is not None and self.step >= self.max_steps
-        return steps_done or (self.max_epochs is not None and self.epoch >= self.max_epochs)
+        """A limit of the leg is reached."""
+        steps_done = self.max_steps is not None and self.leg_step >= self.max_steps
+        return steps_done or (self.max_epochs is not None and self.leg_epoch >= self.max_epochs)
 
     @property
     def loss_history(self) -> list[tuple[int, float]]:
@@ -162,6 +258,14 @@ class TrainProgress:
         self._settle()
         return self._best
 
+    @property
+    def leg_best_loss(self) -> float | None:
+        """The lowest loss of this leg that was a number. Waits for the device."""
+        self._settle()
+        return self._leg_best
+
+    # The state.
+
     def state_dict(self) -> dict[str, Any]:
         """The counters and histories; waits for the device if losses lie there."""
         self._settle()
@@ -171,7 +275,9 @@ class TrainProgress:
             "epoch": self.epoch,
             "samples": self.samples,
             "micro_step": self.micro_step,
+            "legs": [[leg.name, leg.step, leg.epoch, leg.samples] for leg in self._legs],
             "best_loss": self._best,
+            "leg_best_loss": self._leg_best,
             "loss_history": [[step, loss] for step, loss in self._settled],
             "batch_history": [[step, samples] for step, samples in self.batch_history],
             "max_steps": self.max_steps,
@@ -184,11 +290,16 @@ class TrainProgress:
         counters = {name: _counter(state_dict, name) for name in ("step", "epoch", "samples", "micro_step")}
         losses = [(step, float(loss)) for step, loss in _pairs(state_dict, "loss_history", (int, float))]
         batches = [(step, int(samples)) for step, samples in _pairs(state_dict, "batch_history", (int,))]
-        best = state_dict.get("best_loss")
-        if best is not None and type(best) is not float:
-            raise _damaged("best_loss", "a float or nothing", best)
-        for name, value in counters.items():
-            setattr(self, name, value)
+        best = _loss_or_none(state_dict, "best_loss")
+        legs = _legs(state_dict, counters)
+        # Before there were legs, the life was one.
+        leg_best = _loss_or_none(state_dict, "leg_best_loss") if "legs" in state_dict else best
+        for name in ("step", "samples", "micro_step"):
+            setattr(self, name, counters[name])
+        # Not through `epoch`: a sampler that was loaded before may have found that one more epoch is over.
+        self._epoch = counters["epoch"]
+        self._legs = legs
+        self._leg_best = leg_best
         self._pending = []
         self._settled = losses[len(losses) - min(self._history, len(losses)) :]
         self.batch_history = batches
@@ -214,8 +325,11 @@ class TrainProgress:
         excess = len(self._settled) - self._history
         if excess > 0:
             del self._settled[:excess]
-        if not math.isnan(loss) and (self._best is None or loss < self._best):
-            self._best = loss
+        if math.isnan(loss):
+            return
+        self._best = loss if self._best is None else min(self._best, loss)
+        if step > self._legs[-1].step:
+            self._leg_best = loss if self._leg_best is None else min(self._leg_best, loss)
 
 
 def batch_of(progress: TrainProgress) -> tuple[int, int, int] | None:
@@ -279,6 +393,30 @@ def _counter(record: dict[str, Any], name: str) -> int:
     if type(value) is not int or value < 0:
         raise _damaged(name, "an int of at least 0", value)
     return value
+
+
+def _loss_or_none(record: dict[str, Any], name: str) -> float | None:
+    value = record.get(name)
+    if value is not None and type(value) is not float:
+        raise _damaged(name, "a float or nothing", value)
+    return value
+
+
+def _legs(record: dict[str, Any], counters: dict[str, int]) -> list[Leg]:
+    """The saved legs; one from the beginning in a checkpoint of a version that knew none."""
+    if "legs" not in record:
+        return [Leg()]
+    value = record["legs"]
+    if not isinstance(value, list) or not value:
+        raise _damaged("legs", "a list of legs", value)
+    limits = (counters["step"], counters["epoch"], counters["samples"])
+    for found in value:
+        is_leg = isinstance(found, list) and len(found) == 4 and (found[0] is None or isinstance(found[0], str))
+        if not is_leg or not all(
+            type(count) is int and 0 <= count <= limit for count, limit in zip(found[1:], limits, strict=True)
+        ):
+            raise _damaged("legs", "a name and three counters that are not ahead of the life's", found)
+    return [Leg(*found) for found in value]
 
 
 def _pairs(record: dict[str, Any], name: str, kinds: tuple[type, ...]) -> list[tuple[int, Any]]:

@@ -63,7 +63,7 @@ class TrainState:
     `ema`: a Module, something with state_dict, or a Mapping of tensors. `extra`: anything of these, and plain values;
     a plain value comes back as `state.extra[key]`. `generators`: named torch or numpy generators. `mesh`: the device
     mesh of the whole job, whose coordinates name this rank. `facts`: plain values that are saved for comparison.
-    RNG is always captured.
+    RNG is always captured. An `ElasticDistributedSampler` in `data` is moved by `progress.advance()` from now on.
     """
 
     def __init__(
@@ -100,6 +100,7 @@ class TrainState:
             optimizer_state.ensure_supported(found, what=f"optimizer{_shown_key(prefix)}")
         for name in ("scheduler", "scaler", "data", "progress"):
             _ensure_stateful(getattr(self, name), what=name)
+        _link_data(data, progress)
         for key in self.extra:
             ensure_key(key, what="extra")
         for key in self.generators:
@@ -403,6 +404,14 @@ def _ensure_stateful(obj: Any, *, what: str) -> None:
                 raise ConfigError(_not_stateful(item, f"{what}[{ensure_key(key, what=what)!r}]"))
         return
     raise ConfigError(_not_stateful(obj, what))
+
+
+def _link_data(data: Any, progress: Any) -> None:
+    """Samplers that want it are moved by the progress from now on; see `ElasticDistributedSampler.follow_progress`."""
+    for item in data.values() if isinstance(data, Mapping) else (data,):
+        follow = getattr(item, "follow_progress", None)
+        if callable(follow) and progress is not None:
+            follow(progress)
 
 
 def _not_stateful(obj: Any, what: str) -> str:

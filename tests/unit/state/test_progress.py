@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dckpt.errors import ConfigError, CorruptCheckpointError
-from dckpt.state.progress import Batch, TrainProgress
+from dckpt.state.progress import Batch, Leg, TrainProgress
 
 
 def test_a_batch_counts_the_samples_of_one_optimizer_step():
@@ -159,3 +159,64 @@ def test_micro_batches_that_are_in_the_gradients_are_left_out_and_draw_nothing()
     assert list(rest) == []
     with pytest.raises(ConfigError, match="found 1"):
         progress.unconsumed([1])
+
+
+def test_a_leg_counts_from_its_beginning_and_the_life_goes_on():
+    progress = TrainProgress(max_steps=2, batch=Batch(4))
+    for loss in (3.0, 1.0):
+        progress.advance(loss)
+    progress.finish_epoch()
+    assert progress.done
+    progress.begin_leg("round-2")
+
+    assert not progress.done
+    assert (progress.leg, progress.leg_step, progress.leg_epoch, progress.leg_samples) == (2, 0, 0, 0)
+    progress.advance(2.0)
+    assert (progress.step, progress.epoch, progress.samples) == (3, 1, 12)
+    assert (progress.leg_step, progress.leg_epoch, progress.leg_samples) == (1, 0, 4)
+    assert (progress.best_loss, progress.leg_best_loss) == (1.0, 2.0)
+    assert progress.loss_history == [(1, 3.0), (2, 1.0), (3, 2.0)]
+    assert not progress.done
+    progress.advance(torch.tensor(2.5))
+    assert progress.done
+    assert progress.legs == (Leg(), Leg("round-2", 2, 1, 8))
+
+
+def test_max_epochs_is_a_limit_of_the_leg():
+    progress = TrainProgress(max_epochs=1)
+    progress.finish_epoch()
+    progress.begin_leg()
+    assert not progress.done
+    progress.finish_epoch()
+    assert progress.done and progress.epoch == 2
+
+
+def test_legs_come_back_from_a_state_through_json():
+    progress = TrainProgress(max_steps=5)
+    progress.advance(0.5)
+    progress.begin_leg("b")
+    progress.advance(0.75)
+    back = TrainProgress(max_steps=5)
+    back.load_state_dict(json.loads(json.dumps(progress.state_dict())))
+    assert back.state_dict() == progress.state_dict()
+    assert (back.leg, back.leg_step, back.leg_best_loss, back.best_loss) == (2, 1, 0.75, 0.5)
+
+
+def test_a_state_from_before_there_were_legs_is_one_leg():
+    progress = TrainProgress()
+    progress.advance(0.5)
+    state = progress.state_dict()
+    del state["legs"], state["leg_best_loss"]
+    back = TrainProgress(max_steps=2)
+    back.begin_leg()
+    back.load_state_dict(state)
+    assert (back.leg, back.leg_step, back.leg_best_loss, back.done) == (1, 1, 0.5, False)
+
+
+@pytest.mark.parametrize(
+    "legs", [[], "x", [["a", 0, 0]], [[None, 0, 0, 9]], [[None, -1, 0, 0]], [[1, 0, 0, 0]], [[None, True, 0, 0]]]
+)
+def test_legs_that_cannot_be_are_damage(legs):
+    state = TrainProgress().state_dict()
+    with pytest.raises(CorruptCheckpointError, match="legs"):
+        TrainProgress().load_state_dict({**state, "legs": legs})

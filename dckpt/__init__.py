@@ -13,6 +13,8 @@ from dckpt.version import __version__
 if TYPE_CHECKING:
     from dckpt.catalog.retention import Best, Retention
     from dckpt.checkpointer import Checkpointer, ResumePolicy
+    from dckpt.data.sampler import ElasticDistributedSampler
+    from dckpt.data.seeding import SampleIndex, SampleRandom, SeededDataset, seeded_sample
     from dckpt.dcp.planner import DckptLoadPlanner, DckptSavePlanner
     from dckpt.dcp.reader import DckptReader
     from dckpt.dcp.writer import DckptWriter
@@ -56,6 +58,7 @@ _HOMES = {
     "DckptReader": "dckpt.dcp.reader",
     "DckptSavePlanner": "dckpt.dcp.planner",
     "DckptWriter": "dckpt.dcp.writer",
+    "ElasticDistributedSampler": "dckpt.data.sampler",
     "Every": "dckpt.engine.cadence",
     "Finding": "dckpt.findings",
     "LoadResult": "dckpt.resume.report",
@@ -63,10 +66,14 @@ _HOMES = {
     "ResumePolicy": "dckpt.checkpointer",
     "ResumeReport": "dckpt.resume.report",
     "Retention": "dckpt.catalog.retention",
+    "SampleIndex": "dckpt.data.seeding",
+    "SampleRandom": "dckpt.data.seeding",
+    "SeededDataset": "dckpt.data.seeding",
     "StepAction": "dckpt.engine.cadence",
     "TrainProgress": "dckpt.state.progress",
     "TrainState": "dckpt.state.train_state",
     "evaluating": "dckpt.state.evaluating",
+    "seeded_sample": "dckpt.data.seeding",
     "CheckpointNotFoundError": "dckpt.errors",
     "CommitConflictError": "dckpt.errors",
     "ConfigError": "dckpt.errors",
@@ -107,6 +114,7 @@ __all__ = [
     "DckptReader",
     "DckptSavePlanner",
     "DckptWriter",
+    "ElasticDistributedSampler",
     "Every",
     "Finding",
     "FormatVersionError",
@@ -120,7 +128,10 @@ __all__ = [
     "ResumeRejectedError",
     "ResumeReport",
     "Retention",
+    "SampleIndex",
+    "SampleRandom",
     "SaveNotFinishedError",
+    "SeededDataset",
     "StepAction",
     "Stop",
     "StorageError",
@@ -133,6 +144,7 @@ __all__ = [
     "UnknownOutcomeError",
     "__version__",
     "evaluating",
+    "seeded_sample",
 ]
 
 

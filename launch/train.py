@@ -23,8 +23,8 @@ import os
 import sys
 import sysconfig
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -79,41 +79,6 @@ class GPT(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x))
-
-
-class Samples:
-    """Which windows of the text the next step takes: a function of (seed, samples consumed by all ranks) and nothing else.
-
-    Of each global batch, rank r of W takes every W-th sample from the r-th on. So every sample is taken exactly once on
-    any number of ranks, and the position is one number. An epoch's last batch is left out if it is not complete.
-    """
-
-    def __init__(self, count: int, *, text: str, global_batch: int, seed: int) -> None:
-        self.origin = {"text": text, "count": count, "seed": seed}
-        self.global_batch, self.consumed = global_batch, 0
-        self.per_epoch = count // global_batch * global_batch
-        if not self.per_epoch:
-            raise SystemExit(f"The text holds {count} samples: fewer than one global batch of {global_batch}.")
-        self._epoch, self._order = -1, np.empty(0, np.int64)
-
-    def next_batch(self) -> np.ndarray:
-        epoch, begin = divmod(self.consumed, self.per_epoch)
-        if epoch != self._epoch:
-            shuffle = np.random.default_rng([self.origin["seed"], epoch])
-            self._epoch, self._order = epoch, shuffle.permutation(self.origin["count"])
-        return self._order[begin : begin + self.global_batch]
-
-    def advance(self) -> None:
-        self.consumed += self.global_batch
-
-    def state_dict(self) -> dict[str, Any]:
-        return {**self.origin, "consumed": self.consumed}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name, value in self.origin.items():
-            if state[name] != value:
-                raise ValueError(f"Samples: expected the checkpoint's {name} {state[name]}, found {value} in this run.")
-        self.consumed = state["consumed"]
 
 
 def read_text(source: Path | None) -> np.ndarray:
@@ -180,24 +145,30 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module) -> tuple[torch.o
 class Trainer:
     """Plain PyTorch: the objects that make up the training, one optimizer step, one evaluation."""
 
-    def __init__(self, args: argparse.Namespace, rank: int, world: int, device: torch.device) -> None:
-        self.args, self.rank, self.world, self.device = args, rank, world, device
+    def __init__(self, args: argparse.Namespace, rank: int, batch: dckpt.Batch, device: torch.device) -> None:
+        self.args, self.rank, self.world, self.device = args, rank, batch.data_parallel, device
         text = read_text(args.data)
         windows = np.lib.stride_tricks.sliding_window_view(text, args.context + 1)[:: args.context]
         self.learned, self.held_out = windows[: -args.global_batch], windows[-args.global_batch :]
         digest = hashlib.sha256(text).hexdigest()
-        self.samples = Samples(len(self.learned), text=digest, global_batch=args.global_batch, seed=args.seed)
+        self.sampler = dckpt.ElasticDistributedSampler(
+            self.learned, batch=batch, seed=args.seed, rank=rank, dataset_fingerprint=digest
+        )
+        self.batches = self._read_batches()
         self.model = build_model(args, rank, device)
         self.optimizer, self.scheduler = build_optimizer(args, self.model)
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.scaler)
 
+    def _read_batches(self) -> Iterator[np.ndarray]:
+        while True:  # each round is what is left of an epoch, from where the checkpoint stood
+            yield from (self.learned[chosen] for chosen in self.sampler.batches())
+
     def step(self) -> float:
         """One optimizer step over a global batch; its mean loss over all ranks."""
         loss = torch.zeros((), device=self.device)
-        parts = np.split(self.samples.next_batch()[self.rank :: self.world], self.args.accumulation)
-        for number, chosen in enumerate(parts, start=1):
-            self._share_gradients(number == len(parts))
-            part_loss = self._loss_of(self.learned[chosen]) / len(parts)
+        for number in range(1, self.args.accumulation + 1):
+            self._share_gradients(number == self.args.accumulation)
+            part_loss = self._loss_of(next(self.batches)) / self.args.accumulation
             self.scaler.scale(part_loss).backward()
             loss += part_loss.detach()
         self.scaler.unscale_(self.optimizer)
@@ -206,7 +177,6 @@ class Trainer:
         self.scaler.update()
         self.scheduler.step()
         self.optimizer.zero_grad()
-        self.samples.advance()
         return self._mean_over_ranks(loss)
 
     def evaluate(self) -> float:
@@ -232,16 +202,16 @@ class Trainer:
 
 
 def train(args: argparse.Namespace, rank: int, world: int, device: torch.device) -> int:
-    trainer = Trainer(args, rank, world, device)
     micro = args.global_batch // (args.accumulation * world)
     batch = dckpt.Batch(micro=micro, accumulation=args.accumulation, data_parallel=world)
+    trainer = Trainer(args, rank, batch, device)
     progress = dckpt.TrainProgress(max_steps=args.steps, batch=batch)
     state = dckpt.TrainState(  # all that must survive; the random streams of every rank are always part of it
         model=trainer.model,
         optimizer=trainer.optimizer,
         scheduler=trainer.scheduler,
         scaler=trainer.scaler if args.scaler else None,
-        data=trainer.samples,
+        data=trainer.sampler,  # each sample once an epoch on any number of ranks; moved by progress.advance()
         progress=progress,
     )
     every = dckpt.Every(steps=args.save_every)

@@ -15,6 +15,7 @@ FACE = {
     "Checkpointer",
     "DckptReader",
     "DckptWriter",
+    "ElasticDistributedSampler",
     "Every",
     "LoadResult",
     "PendingSave",
@@ -33,6 +34,10 @@ ADDED = {
     "EXIT_STOPPED": "the exit code of a training script after Stop",
     "DckptLoadPlanner": "planner for torch.distributed.checkpoint.load",
     "DckptSavePlanner": "planner for torch.distributed.checkpoint.save",
+    "SampleIndex": "an index that carries its epoch, for randomness that is keyed by sample",
+    "SampleRandom": "generators of one sample",
+    "SeededDataset": "a data set whose augmentation does not depend on the number of ranks and workers",
+    "seeded_sample": "the same as a context",
     "Finding": "an entry of ResumeReport",
     "__version__": "the version",
 }
@@ -73,6 +78,7 @@ PARAMETERS = {
         "facts",
     ),
     "evaluating": ("models", "preserve_rng"),
+    "ElasticDistributedSampler": ("dataset", "batch", "seed", "rank", "shuffle", "tail", "dataset_fingerprint"),
     "DckptWriter": ("url",),
     "DckptReader": ("url",),
 }
@@ -122,7 +128,9 @@ def test_a_public_function_has_a_docstring(name: str) -> None:
     assert inspect.getdoc(resolve(name))
 
 
-@pytest.mark.parametrize("name", ["Checkpointer", "PendingSave", "TrainProgress", "TrainState"])
+@pytest.mark.parametrize(
+    "name", ["Checkpointer", "ElasticDistributedSampler", "PendingSave", "TrainProgress", "TrainState"]
+)
 def test_every_public_method_has_a_docstring(name: str) -> None:
     for member, found in vars(getattr(dckpt, name)).items():
         if not member.startswith("_") and (inspect.isfunction(found) or isinstance(found, property)):
@@ -139,9 +147,9 @@ def test_the_promised_parameters_are_taken(name: str) -> None:
 
 def test_settings_are_keyword_only() -> None:
     """A positional setting could never be reordered or dropped."""
-    for name in ("Checkpointer", "TrainState", "TrainProgress", "Every"):
+    for name in ("Checkpointer", "ElasticDistributedSampler", "TrainState", "TrainProgress", "Every"):
         kinds = list(inspect.signature(getattr(dckpt, name)).parameters.values())
-        settings = kinds[1:] if name == "Checkpointer" else kinds
+        settings = kinds[1:] if name in ("Checkpointer", "ElasticDistributedSampler") else kinds
         assert all(parameter.kind is inspect.Parameter.KEYWORD_ONLY for parameter in settings), name
 
 

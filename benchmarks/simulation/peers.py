@@ -103,7 +103,7 @@ class Files:
         """Makes shard and sums file, of the right sizes and without contents; returns the rows of the manifest."""
         size, name = self.sizes[rank], f"rank{rank:05d}"
         rows: list[list[object]] = []
-        for kind, suffix, length in (("shard", "safetensors", size), ("sums", "sums", sums_file_bytes(size))):
+        for kind, suffix, length in (("shard", "safetensors", size), ("sums", "sums", sums_file_bytes(size, 0))):
             path = f"{directory}/{name}.{suffix}"
             with open(path, "xb") as file:
                 os.truncate(file.fileno(), length)

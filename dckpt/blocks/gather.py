@@ -43,7 +43,7 @@ class GatheredSource:
     def __init__(
         self, plan: ShardFilePlan, tensors: Sequence[Gathered | bytes], files: VerifiedFiles, spans: SpanMemory
     ) -> None:
-        self._plan = plan
+        self.plan = plan
         self._tensors = tensors
         self._files = files
         self._spans = spans
@@ -51,7 +51,7 @@ class GatheredSource:
     @property
     def size(self) -> int:
         """Bytes of the whole file."""
-        return self._plan.size
+        return self.plan.size
 
     def piece(self, begin: int, end: int, memory: PieceMemory) -> memoryview:
         """Reads what lies in the range from the other checkpoint, neighbouring ranges together.
@@ -60,13 +60,13 @@ class GatheredSource:
         """
         piece = memory.take(end - begin)
         copies: list[Copy] = []
-        for number, offset, target in parts_of_piece(self._plan, begin, piece):
-            at = self._plan.begins[number] + offset - begin
+        for number, offset, target in parts_of_piece(self.plan, begin, piece):
+            at = self.plan.begins[number] + offset - begin
             found = self._tensors[number]
             if isinstance(found, bytes):
                 target[:] = found[offset : offset + len(target)]
             else:
-                item = DTYPES[self._plan.tensors[number].dtype]
+                item = DTYPES[self.plan.tensors[number].dtype]
                 copies += plan_copies(found.chunks, found.box, item, offset, len(target), at)
         self._run(copies, piece)
         return piece

@@ -78,6 +78,11 @@ class FileSource(Protocol):
         """Bytes of the whole file."""
         ...
 
+    @property
+    def plan(self) -> ShardFilePlan | None:
+        """The shard file's plan; None if the bytes are something else."""
+        ...
+
     def piece(self, begin: int, end: int, memory: PieceMemory) -> memoryview:
         """Bytes `begin` to `end`, at most `PIECE_BYTES`; they may lie in `memory`, and hold until its next use.
 
@@ -118,8 +123,9 @@ def ranges_of_piece(plan: ShardFilePlan, begin: int, end: int) -> Iterator[tuple
 class ImageSource:
     """A `FileSource` over the complete image of the file."""
 
-    def __init__(self, image: memoryview) -> None:
+    def __init__(self, image: memoryview, plan: ShardFilePlan | None = None) -> None:
         self._image = image
+        self.plan = plan
 
     @property
     def size(self) -> int:

@@ -10,6 +10,7 @@ import numpy as np
 
 from dckpt import failpoint
 from dckpt.blocks.buffer import Pin
+from dckpt.blocks.fingerprints import StreamFingerprints
 from dckpt.blocks.source import PIECE_BYTES, FileSource, PieceMemory, PieceRing
 from dckpt.blocks.workers import ByteWorkers
 from dckpt.format.checksum import (
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 DIRECT_BYTES_MIN = 8 * 2**20  # a smaller file goes through the page cache: it is written before a thread would be idle
 PLAIN_PIECE_BYTES = 2**20  # checksummed and handed to the kernel while it is in the processor's second-level cache
+HASHED_BYTES = 2**20  # checksummed and fingerprinted at a time, from the processor's cache
 WRITER_THREADS = 4  # enough requests in flight for one device; more fight for the processor with the training
 
 
@@ -66,13 +68,15 @@ class _Pass:
         self._begins = range(0, size, SEGMENT_BYTES)
         self._digests = [b""] * len(self._begins)
         self._blocks = np.empty(-(-size // BLOCK_BYTES), dtype=np.uint64)
+        self._fingerprints = StreamFingerprints(source.plan)
         self._is_first = True
         self._lock = threading.Lock()
 
     def run(self, workers: ByteWorkers) -> Sums:
         """Every segment, one task each; returns when the last is done."""
         workers.run([lambda number=number: self._pass_segment(number) for number in range(len(self._begins))])  # type: ignore[misc]
-        return Sums(self._source.size, combine_digests(b"".join(self._digests)), self._blocks)
+        digest = combine_digests(b"".join(self._digests))
+        return Sums(self._source.size, digest, self._blocks, self._fingerprints.values())
 
     def _pass_segment(self, number: int) -> None:
         begin = self._begins[number]
@@ -82,13 +86,19 @@ class _Pass:
             for at in range(begin, end, self._piece_bytes):
                 for view in self._views(at, min(at + self._piece_bytes, end), memory):
                     # Before the write, while the bytes are in the processor's cache.
-                    hasher.update(view)
+                    self._hash(hasher, at, view)
                     self._hand_on(at, view)
                     at += len(view)
         self._digests[number] = hasher.segment_digests()
         blocks = hasher.checksums()
         first = begin // BLOCK_BYTES
         self._blocks[first : first + len(blocks)] = blocks
+
+    def _hash(self, hasher: FileHasher, at: int, view: memoryview) -> None:
+        for begin in range(0, len(view), HASHED_BYTES):
+            part = view[begin : begin + HASHED_BYTES]
+            hasher.update(part)
+            self._fingerprints.add(at + begin, part)
 
     def _views(self, begin: int, end: int, memory: PieceMemory) -> Sequence[memoryview]:
         """One piece: where it lies if the kernel copies it anyway, else in aligned memory."""

@@ -192,7 +192,7 @@ class DckptWriter(StorageWriter):
                 copy_to_bytes(tensor, image[begin : begin + shard_tensor.nbytes])
                 stored[id(item)] = _stored(item, shard_tensor, file.file, begin)
             entries += write_shard_file(
-                storage, directory, attempt, rank, file.file, ImageSource(image), lambda _: None, self._pool
+                storage, directory, attempt, rank, file.file, ImageSource(image, file), lambda _: None, self._pool
             )
         storage.sync_dir(directory)
         future: Future[list[WriteResult]] = Future()
@@ -278,8 +278,9 @@ def _encode(item: WriteItem, planner: SavePlanner) -> Any:
 
 def _describe(item: WriteItem, tensor: torch.Tensor) -> ShardTensor:
     assert item.tensor_data is not None
-    offsets = tuple(item.tensor_data.chunk.offsets)
-    return ShardTensor(item.index.fqn, dtype_name(tensor.dtype, tensor=item.index.fqn), tuple(tensor.shape), offsets)
+    offsets, shape = tuple(item.tensor_data.chunk.offsets), tuple(item.tensor_data.size)
+    dtype = dtype_name(tensor.dtype, tensor=item.index.fqn)
+    return ShardTensor(item.index.fqn, dtype, tuple(tensor.shape), offsets, shape)
 
 
 def _stored(item: WriteItem, chunk: ShardTensor, file: str, begin: int) -> StoredItem:

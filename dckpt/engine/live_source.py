@@ -15,27 +15,27 @@ class LiveSource:
     """A `FileSource` over tensors that do not change while it is used: the caller of the save waits for its end."""
 
     def __init__(self, plan: ShardFilePlan, items: Sequence[WriteItem], local: LocalState) -> None:
-        self._plan = plan
+        self.plan = plan
         self._items = items
         self._local = local
 
     @property
     def size(self) -> int:
         """Bytes of the whole file."""
-        return self._plan.size
+        return self.plan.size
 
     def piece(self, begin: int, end: int, memory: PieceMemory) -> memoryview:
         """Copies what lies in the range into `memory`."""
         piece = memory.take(end - begin)
-        for number, offset, target in parts_of_piece(self._plan, begin, piece):
+        for number, offset, target in parts_of_piece(self.plan, begin, piece):
             self._copy(self._items[number], offset, target)
         return piece
 
     def in_place(self, begin: int, end: int) -> Sequence[memoryview] | None:
         """Views of the tensors' own memory."""
-        header = memoryview(self._plan.header)[begin:end]
+        header = memoryview(self.plan.header)[begin:end]
         found = [header] if len(header) else []
-        for number, offset, first, last in ranges_of_piece(self._plan, begin, end):
+        for number, offset, first, last in ranges_of_piece(self.plan, begin, end):
             view = self._view(self._items[number], offset, last - first)
             if view is None or len(found) == IN_PLACE_VIEWS_MAX:
                 return None

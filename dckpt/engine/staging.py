@@ -56,4 +56,4 @@ def stage(
     deferred = DeferredCopies(later) if later else None
     on_device.wait()
     failpoint.reach("after_stage")
-    return [ImageSource(image) for image in images], deferred
+    return [ImageSource(image, plan) for (plan, _), image in zip(files, images, strict=True)], deferred

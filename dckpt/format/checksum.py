@@ -11,7 +11,8 @@ import numpy.typing as npt
 import xxhash
 
 from dckpt.errors import FormatVersionError
-from dckpt.format.layout import BLOCK_BYTES, FILE_BYTES_MAX, is_hex32, sums_file_bytes
+from dckpt.format.fingerprint import FINGERPRINT_BYTES, decode_fingerprint, encode_fingerprint
+from dckpt.format.layout import BLOCK_BYTES, FILE_BYTES_MAX, fingerprints_in_sums, is_hex32, sums_file_bytes
 from dckpt.format.refusal import corrupt, shown
 
 __all__ = [
@@ -141,17 +142,21 @@ class FileHasher:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sums:
-    """What the sums file says about its shard file: size, file digest, checksum of every block."""
+    """What the sums file says about its shard file: size, file digest, checksum of every block.
+
+    fingerprints: of each tensor's chunk, in the order of their data in the file; none if whoever wrote it had none.
+    """
 
     file_bytes: int
     digest: str
     blocks: Checksums
+    fingerprints: tuple[int, ...] = ()
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Sums):
             return NotImplemented
         same_file = (self.file_bytes, self.digest) == (other.file_bytes, other.digest)
-        return same_file and np.array_equal(self.blocks, other.blocks)
+        return same_file and self.fingerprints == other.fingerprints and np.array_equal(self.blocks, other.blocks)
 
     def __hash__(self) -> int:
         return hash((self.file_bytes, self.digest))
@@ -160,11 +165,12 @@ class Sums:
 def encode_sums(sums: Sums) -> bytes:
     """The content of a sums file."""
     assert is_hex32(sums.digest), sums.digest
-    assert sums_file_bytes(sums.file_bytes) == _HEAD.size + 8 * len(sums.blocks) + _TRAILER_BYTES
+    assert sums_file_bytes(sums.file_bytes, 0) == _HEAD.size + 8 * len(sums.blocks) + _TRAILER_BYTES
     head = _HEAD.pack(
         _MAGIC, _MAJOR, _MINOR, BLOCK_BYTES, sums.file_bytes, len(sums.blocks), bytes.fromhex(sums.digest)
     )
-    body = head + sums.blocks.astype("<u8", copy=False).tobytes()
+    fingerprints = b"".join(map(encode_fingerprint, sums.fingerprints))
+    body = head + sums.blocks.astype("<u8", copy=False).tobytes() + fingerprints
     return body + struct.pack("<Q", xxhash.xxh3_64_intdigest(body))
 
 
@@ -191,9 +197,16 @@ def parse_sums(data: Buffer, *, key: str) -> Sums:
         raise corrupt(key, "block size", BLOCK_BYTES, block_bytes)
     if file_bytes > FILE_BYTES_MAX:
         raise corrupt(key, "file size", f"at most {FILE_BYTES_MAX}", file_bytes)
-    if size != sums_file_bytes(file_bytes):
-        raise corrupt(key, "size", f"{sums_file_bytes(file_bytes)} bytes", f"{size} bytes")
+    num_fingerprints = fingerprints_in_sums(size, file_bytes)
+    if num_fingerprints is None:
+        expected = f"{sums_file_bytes(file_bytes, 0)} bytes, and {FINGERPRINT_BYTES} a tensor"
+        raise corrupt(key, "size", expected, f"{size} bytes")
     if count != -(-file_bytes // BLOCK_BYTES):
         raise corrupt(key, "block count", -(-file_bytes // BLOCK_BYTES), count)
-    blocks = np.frombuffer(view[_HEAD.size : -_TRAILER_BYTES], dtype="<u8").astype(np.uint64)
-    return Sums(file_bytes=file_bytes, digest=digest.hex(), blocks=blocks)
+    blocks = np.frombuffer(view[_HEAD.size : -_TRAILER_BYTES], dtype="<u8", count=count).astype(np.uint64)
+    begin = _HEAD.size + 8 * count
+    fingerprints = tuple(
+        decode_fingerprint(view[begin + place : begin + place + FINGERPRINT_BYTES])
+        for place in range(0, num_fingerprints * FINGERPRINT_BYTES, FINGERPRINT_BYTES)
+    )
+    return Sums(file_bytes=file_bytes, digest=digest.hex(), blocks=blocks, fingerprints=fingerprints)

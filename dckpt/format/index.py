@@ -17,7 +17,7 @@ from dckpt.errors import ConfigError, CorruptCheckpointError, FormatVersionError
 from dckpt.format import index_checks
 from dckpt.format.fields import Fields
 from dckpt.format.grids import Grid, Levels, find_grid, parts_of
-from dckpt.format.layout import FILE_BYTES_MAX, SHARD_SUFFIX, ensure_safe_path, is_tensor_name
+from dckpt.format.layout import FILE_BYTES_MAX, SHARD_SUFFIX, TENSORS_MAX, ensure_safe_path, is_tensor_name
 from dckpt.format.layout_index import Chunk, Columns, LayoutIndex, Placed, TensorMeta
 from dckpt.format.refusal import corrupt, shown
 from dckpt.format.sealed_json import dump_json, load_json
@@ -27,7 +27,6 @@ __all__ = ["Chunk", "Grid", "LayoutIndex", "TensorMeta", "build_index", "encode_
 
 INDEX_BYTES_MAX = 2**30
 INDEX_HEADER_BYTES_MAX = 64 * 2**20
-TENSORS_MAX = 2**22
 CHUNKS_MAX = 2**24
 INDEX_FILES_MAX = 2**20
 GRIDS_MAX = 2**20

@@ -28,6 +28,9 @@ NAME_BYTES_MAX = 4096
 PATH_CHARS_MAX = 1024
 PATH_COMPONENTS_MAX = 8
 
+TENSORS_MAX = 2**22
+FINGERPRINT_BYTES = 16
+
 BLOCK_BYTES = 65536
 """Bytes under one block checksum."""
 
@@ -171,9 +174,15 @@ def sums_file_name(shard_file: str) -> str:
     return shard_file.removesuffix(SHARD_SUFFIX) + SUMS_SUFFIX
 
 
-def sums_file_bytes(shard_file_bytes: int) -> int:
-    """The exact size of the sums file of a shard file of that size."""
-    return 56 + 8 * -(-shard_file_bytes // BLOCK_BYTES)
+def sums_file_bytes(shard_file_bytes: int, num_fingerprints: int) -> int:
+    """The exact size of the sums file of a shard file of that size, with as many fingerprints: of each tensor, or none."""
+    return 56 + 8 * -(-shard_file_bytes // BLOCK_BYTES) + FINGERPRINT_BYTES * num_fingerprints
+
+
+def fingerprints_in_sums(sums_bytes: int, shard_file_bytes: int) -> int | None:
+    """How many fingerprints a sums file of that size holds; None if it cannot be one of such a shard file."""
+    number, rest = divmod(sums_bytes - sums_file_bytes(shard_file_bytes, 0), FINGERPRINT_BYTES)
+    return number if rest == 0 and 0 <= number <= TENSORS_MAX else None
 
 
 def index_file_name(digest: str) -> str:

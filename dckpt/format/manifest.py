@@ -13,6 +13,7 @@ from dckpt.errors import ConfigError, CorruptCheckpointError
 from dckpt.format.fields import Fields, ensure_version
 from dckpt.format.layout import (
     FILE_BYTES_MAX,
+    FINGERPRINT_BYTES,
     GENERATION_MAX,
     MANIFEST_NAME,
     MICRO_STEP_MAX,
@@ -22,6 +23,7 @@ from dckpt.format.layout import (
     WORLD_SIZE_MAX,
     CheckpointId,
     ensure_safe_path,
+    fingerprints_in_sums,
     is_hex32,
     parse_checkpoint_name,
     parse_index_file_name,
@@ -402,5 +404,6 @@ def _ensure_sums(shard: FileEntry, sums: FileEntry | None, key: str) -> None:
         raise corrupt(key, where, "a sums entry beside it", "none")
     if sums.rank != shard.rank:
         raise corrupt(key, where, f"sums of rank {shard.rank}", f"sums of rank {sums.rank}")
-    if sums.size != sums_file_bytes(shard.size):
-        raise corrupt(key, where, f"sums of {sums_file_bytes(shard.size)} bytes", f"{sums.size} bytes")
+    if fingerprints_in_sums(sums.size, shard.size) is None:
+        expected = f"sums of {sums_file_bytes(shard.size, 0)} bytes, and {FINGERPRINT_BYTES} a tensor"
+        raise corrupt(key, where, expected, f"{sums.size} bytes")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dckpt.errors import ConfigError
@@ -45,12 +45,17 @@ SHARDING_INFO = "DCP_SHARDING_INFO"
 
 @dataclass(frozen=True, slots=True)
 class ShardTensor:
-    """One chunk in a shard file: its tensor's name, its own (local) shape, its offsets in the global one."""
+    """One chunk in a shard file: its tensor's name, its own (local) shape, its offsets in the global one.
+
+    global_shape: the tensor's, if whoever made this knows it; a header does not say. A file of which it is known has
+    fingerprints in its sums.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     offsets: tuple[int, ...]
+    global_shape: tuple[int, ...] | None = field(default=None, compare=False)
 
     @property
     def nbytes(self) -> int:

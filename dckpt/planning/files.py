@@ -63,8 +63,9 @@ def _write_items(
         name = record_name(rank, row.name) if is_record else row.name
         for place, (offsets, sizes) in enumerate(boxes[number]):
             if (number, place) not in skips:
-                items.append(WriteItem(ShardTensor(name, row.dtype, sizes, offsets), (number, place)))
+                items.append(WriteItem(ShardTensor(name, row.dtype, sizes, offsets, row.shape), (number, place)))
     for component in sorted(layout.rank_values & capacities.keys()):
-        record = ShardTensor(values_record_name(rank, component), "U8", (capacities[component],), (0,))
+        shape = (capacities[component],)
+        record = ShardTensor(values_record_name(rank, component), "U8", shape, (0,), shape)
         items.append(WriteItem(record, component))
     return items

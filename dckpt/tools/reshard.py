@@ -87,8 +87,8 @@ class Prepared:
 
     def size_of(self, rank: int) -> tuple[int, int]:
         """(shard files, bytes) that one rank of the new mesh gets, with their checksum files."""
-        sizes = [plan.size for plan, _ in self.layout.files(rank)]
-        return len(sizes), sum(size + sums_file_bytes(size) for size in sizes)
+        plans = [plan for plan, _ in self.layout.files(rank)]
+        return len(plans), sum(plan.size + sums_file_bytes(plan.size, len(plan.tensors)) for plan in plans)
 
 
 def is_laid_out(source: Source, world_size: int | None, axes: Mapping[str, int] | None) -> bool:

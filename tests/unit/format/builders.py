@@ -30,7 +30,7 @@ def a_manifest(*, world_size: int = 2, **changes: Any) -> Manifest:
     for rank in range(world_size):
         shard = f"{ATTEMPT}/{shard_file_name(rank)}"
         files.append(FileEntry(shard, 100_000, DIGEST, "shard", rank))
-        files.append(FileEntry(sums_file_name(shard), sums_file_bytes(100_000), DIGEST, "sums", rank))
+        files.append(FileEntry(sums_file_name(shard), sums_file_bytes(100_000, 3), DIGEST, "sums", rank))
     files.append(FileEntry(index_file_name(DIGEST), 4096, DIGEST, "index", None))
     fields: dict[str, Any] = {
         "run_id": "run-1",
@@ -91,7 +91,8 @@ def a_generation(**changes: Any) -> Generation:
 def a_sums(size: int = 200_000) -> Sums:
     """Sums of a file of `size` bytes."""
     data = bytes(range(256)) * (size // 256) + bytes(size % 256)
-    return Sums(file_bytes=size, digest=digest_bytes(data), blocks=block_checksums(data))
+    fingerprints = (2**128 - 1, 0, 0x0123456789ABCDEF << 32)
+    return Sums(file_bytes=size, digest=digest_bytes(data), blocks=block_checksums(data), fingerprints=fingerprints)
 
 
 def a_shard_plan() -> ShardFilePlan:

@@ -2,6 +2,7 @@
 
 import random
 import struct
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -92,7 +93,7 @@ def test_sums_round_trip(size):
     sums = a_sums(size)
     data = encode_sums(sums)
 
-    assert len(data) == sums_file_bytes(size)
+    assert len(data) == sums_file_bytes(size, 3)
     assert parse_sums(data, key="rank00000.sums") == sums
     assert parse_sums(memoryview(bytearray(data)), key="rank00000.sums") == sums
 
@@ -105,6 +106,23 @@ def test_a_stranger_reads_the_sums_file_by_the_table():
     assert (magic, major, minor, block, size, count) == (b"\x89dckSUM\n", 1, 0, 65536, 200_000, 4)
     assert data[32:48].hex() == sums.digest
     assert list(struct.unpack_from("<4Q", data, 48)) == sums.blocks.tolist()
+    assert data[80:128] == b"\xff" * 16 + bytes(16) + bytes.fromhex("00000000efcdab896745230100000000")
+    assert len(data) == 136
+
+
+def test_sums_without_fingerprints_are_whole():
+    sums = replace(a_sums(200_000), fingerprints=())
+
+    assert parse_sums(encode_sums(sums), key="rank00000.sums") == sums
+    assert sums != a_sums(200_000)
+
+
+def test_half_a_fingerprint_is_refused():
+    body = encode_sums(a_sums())[:-16]
+    with pytest.raises(CorruptCheckpointError) as caught:
+        parse_sums(forge_trailer(body), key="rank00000.sums")
+
+    assert caught.value.field == "size"
 
 
 @pytest.mark.parametrize(
@@ -139,4 +157,4 @@ def test_sums_compare_by_content():
     assert a_sums(100) != a_sums(101)
     assert a_sums(100) != "sums"
     assert hash(a_sums(100)) == hash(a_sums(100))
-    assert Sums(0, digest_bytes(b""), block_checksums(b"")) == a_sums(0)
+    assert Sums(0, digest_bytes(b""), block_checksums(b""), a_sums(0).fingerprints) == a_sums(0)

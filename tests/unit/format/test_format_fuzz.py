@@ -85,7 +85,7 @@ def manifests(draw):
             place = checkpoint_name(draw(st.integers(0, 3)), 1) if reused and draw(st.booleans()) else None
             path = f"{draw(hex32) if place else attempt}/{shard_file_name(rank, part)}"
             files.append(FileEntry(path, size, draw(hex32), "shard", rank, place, reused))
-            sums_bytes = sums_file_bytes(size)
+            sums_bytes = sums_file_bytes(size, draw(st.integers(0, 2**22)))
             files.append(FileEntry(sums_file_name(path), sums_bytes, draw(hex32), "sums", rank, place))
     digest = draw(hex32)
     files.append(FileEntry(index_file_name(digest), draw(st.integers(0, 2**40)), digest, "index", None))
@@ -182,10 +182,10 @@ def test_generations_round_trip(generation):
 
 
 @fuzz
-@given(st.integers(0, 20 * BLOCK_BYTES), hex32, st.randoms())
-def test_sums_round_trip(size, digest, rng):
+@given(st.integers(0, 20 * BLOCK_BYTES), hex32, st.lists(st.integers(0, 2**128 - 1)), st.randoms())
+def test_sums_round_trip(size, digest, fingerprints, rng):
     blocks = np.array([rng.getrandbits(64) for _ in range(-(-size // BLOCK_BYTES))], dtype=np.uint64)
-    sums = Sums(size, digest, blocks)
+    sums = Sums(size, digest, blocks, tuple(fingerprints))
 
     assert parse_sums(encode_sums(sums), key="k") == sums
 

@@ -12,7 +12,7 @@ from dckpt.version import __version__
 
 if TYPE_CHECKING:
     from dckpt.catalog.retention import Best, Retention
-    from dckpt.checkpointer import Checkpointer, ResumePolicy
+    from dckpt.checkpointer import Checkpointer
     from dckpt.data.sampler import ElasticDistributedSampler
     from dckpt.data.seeding import SampleIndex, SampleRandom, SeededDataset, seeded_sample
     from dckpt.dcp.planner import DckptLoadPlanner, DckptSavePlanner
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from dckpt.dcp.writer import DckptWriter
     from dckpt.engine.cadence import Every, StepAction
     from dckpt.engine.pending import PendingSave
+    from dckpt.engine.resume_policy import ResumePolicy
     from dckpt.errors import (
         CheckpointNotFoundError,
         CommitConflictError,
@@ -63,7 +64,7 @@ _HOMES = {
     "Finding": "dckpt.findings",
     "LoadResult": "dckpt.resume.report",
     "PendingSave": "dckpt.engine.pending",
-    "ResumePolicy": "dckpt.checkpointer",
+    "ResumePolicy": "dckpt.engine.resume_policy",
     "ResumeReport": "dckpt.resume.report",
     "Retention": "dckpt.catalog.retention",
     "SampleIndex": "dckpt.data.seeding",

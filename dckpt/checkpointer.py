@@ -9,14 +9,21 @@ import signal
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import TracebackType
 from typing import Literal
 
 from dckpt.catalog.catalog import Catalog
 from dckpt.catalog.retention import Retention
 from dckpt.catalog.rollback import plan_rollback, roll_back
-from dckpt.engine.arguments import ensure_choice, ensure_count, ensure_kind, neighbouring_runs, place_of_run
+from dckpt.engine.arguments import (
+    ensure_choice,
+    ensure_count,
+    ensure_kind,
+    neighbouring_runs,
+    place_of_run,
+    plain_metrics,
+)
 from dckpt.engine.cadence import Cadence, Every, StepAction
 from dckpt.engine.failure_policy import FailurePolicy
 from dckpt.engine.job import SaveJob, SaveRequest
@@ -25,8 +32,11 @@ from dckpt.engine.last_save import LastSave, last_save, loaded_as_saved
 from dckpt.engine.loader import Loaded, Loader, LoadOptions
 from dckpt.engine.overlap import StepGate
 from dckpt.engine.pending import PendingSave
+from dckpt.engine.questions import is_anywhere
 from dckpt.engine.refusal import REFUSALS
+from dckpt.engine.resume_policy import ResumePolicy
 from dckpt.engine.reuse import REWRITE_EVERY
+from dckpt.engine.rng_restore import REMAPS_FACT, remap_of
 from dckpt.engine.saver import Saver
 from dckpt.engine.signals import SignalWatch
 from dckpt.engine.worker import SaveThread
@@ -56,21 +66,6 @@ LOG_LEVELS = {
 }
 LINGER_S = 20.0  # how long rank 0 stays reachable at the end, so that every rank learns the last outcome
 LINGER_AFTER_ERROR_S = 2.0  # when a rank leaves by an exception the others may never come to say goodbye
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ResumePolicy:
-    """How `resume` behaves. walk_back: pass over checkpoints whose damage was confirmed by a second read.
-
-    gradients: what becomes of those that a checkpoint from the middle of an accumulation holds: "restore", or "drop" and
-        begin that step again, which the report says.
-    """
-
-    walk_back: bool = True
-    gradients: Literal["restore", "drop"] = "restore"
-
-    def __post_init__(self) -> None:
-        ensure_choice("gradients", self.gradients, ("restore", "drop"), of="ResumePolicy")
 
 
 class Checkpointer:
@@ -204,7 +199,7 @@ class Checkpointer:
         if decided.stop is None:
             return StepAction.CONTINUE
         where = f"step {progress.step}, micro-step {progress.micro_step}"
-        if self._is_anywhere("gradients", state.gradient_obstacle() is not None, where):
+        if is_anywhere(self._coordination, "gradients", state.gradient_obstacle() is not None, where):
             self._cadence.reset()  # asked again at the next call, and obeyed at the end of the step
             return StepAction.CONTINUE
         if self._topology.is_coordinator:
@@ -329,7 +324,7 @@ class Checkpointer:
         return SaveRequest(
             step=step,
             micro_step=micro_step,
-            metrics=_plain_metrics(metrics),
+            metrics=plain_metrics(metrics),
             stores_gradients=micro_step > 0 and gradients == "store",
             is_blocking=is_blocking,
         )
@@ -337,24 +332,10 @@ class Checkpointer:
     def _is_busy_anywhere(self, step: int) -> bool:
         """Agreed by all ranks: one rank that skips while another saves would leave the other waiting."""
         busy = self._in_flight is not None and not self._in_flight.done
-        found = self._is_anywhere("busy", busy, f"step {step}")
+        found = is_anywhere(self._coordination, "busy", busy, f"step {step}")
         if found and self._topology.is_coordinator:
             log.warning("save of step %d skipped: the save before it is still in flight", step)
         return found
-
-    def _is_anywhere(self, what: str, here: bool, where: str) -> bool:
-        """Whether it holds on any rank, the same answer on all; yes if they cannot agree, which leaves the save out."""
-        session = self._coordination.session(
-            f"{what}-{where}".replace(" ", ""), what=f"check before saving {where}", call=f"step(state) at {where}"
-        )
-        try:
-            return session.exchange(what, b"1" if here else b"0", _any) == b"1"
-        except DckptError as error:
-            # All ranks hear it, so all of them skip; a save that cannot be agreed on must not end training.
-            log.error("no save at %s: %s", where, error)  # noqa: TRY400
-            return True
-        finally:
-            session.close()
 
     # -- loading -------------------------------------------------------------------------------------------------------
 
@@ -369,7 +350,7 @@ class Checkpointer:
         loaded = self._load(
             state,
             lambda catalog: catalog.line(),
-            LoadOptions(walk_back=chosen.walk_back, is_resume=True, gradients=chosen.gradients),
+            LoadOptions(walk_back=chosen.walk_back, is_resume=True, gradients=chosen.gradients, rng=chosen.rng),
             call="resume(state)",
         )
         if loaded is None:
@@ -437,6 +418,8 @@ class Checkpointer:
             reason,
         )
         self._saver.committer.adopt(result.checkpoint, result.manifest.files)
+        if result.rng:
+            state.note_rng_remap(result.manifest.facts.get(REMAPS_FACT), remap_of(result, self._topology.world_size))
         self._cadence.reset()
         self._is_over = False
         self._last = loaded_as_saved(state, loaded, is_resume=reason != "load")
@@ -563,18 +546,6 @@ class Checkpointer:
                 f"Save: the load of {name} failed after it had changed live tensors, so the state is a mixture. Load or "
                 "resume successfully before saving."
             )
-
-
-def _plain_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Read now: a tensor that is given here may change before the manifest is written."""
-    try:
-        return {str(name): float(value) for name, value in metrics.items()}
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"metrics: expected numbers by name, found {dict(metrics)!r:.200}: {error}") from error
-
-
-def _any(payloads: list[bytes]) -> bytes:
-    return b"1" if b"1" in payloads else b"0"
 
 
 def _close_at_exit(reference: weakref.ref[Checkpointer]) -> Callable[[], None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 import os
+from collections.abc import Mapping
 
 from dckpt.errors import ConfigError
 from dckpt.format.layout import MANIFEST_NAME, parse_checkpoint_name
@@ -65,3 +66,11 @@ def neighbouring_runs(place: str) -> list[str]:
     names = {os.path.basename(path): path for path in found if path != place.rstrip("/")}
     similar = difflib.get_close_matches(os.path.basename(place.rstrip("/")), list(names), n=3, cutoff=0.6)
     return [names[name] for name in similar]
+
+
+def plain_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Read now: a tensor that is given here may change before the manifest is written."""
+    try:
+        return {str(name): float(value) for name, value in metrics.items()}
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"metrics: expected numbers by name, found {dict(metrics)!r:.200}: {error}") from error

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from dckpt.engine.job import SaveRequest
 from dckpt.engine.local_state import LocalState
+from dckpt.engine.rng_restore import REMAPS_FACT
 from dckpt.format.manifest import FileEntry, Manifest, Mesh
 from dckpt.planning.layout import Layout
 from dckpt.planning.streams import classify_streams
@@ -34,6 +35,8 @@ def describe_checkpoint(
     rng = classify_streams([ticket.rng for ticket in tickets], [ticket.coordinates for ticket in tickets])
     coordinates = tuple(tuple(ticket.coordinates.values()) for ticket in tickets) if mesh else None
     created, facts, metrics = time.time(), collect_facts(state), dict(request.metrics)
+    if state.rng_remaps:
+        facts[REMAPS_FACT] = state.rng_remaps
     rank_tensors, rank_values = tuple(sorted(layout.rank_tensors)), tuple(sorted(layout.rank_values))
 
     def build(files: tuple[FileEntry, ...]) -> Manifest:

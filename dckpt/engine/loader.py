@@ -14,7 +14,7 @@ from dckpt.dcp.read import CheckpointFiles
 from dckpt.engine.heads import Heads
 from dckpt.engine.load_peers import LoadPeers
 from dckpt.engine.refusal import REFUSALS, encode_refusal, raise_refusals
-from dckpt.engine.rng_restore import RngPlan, plan_rng_streams
+from dckpt.engine.rng_restore import RngPlan, RngPolicy, plan_rng_streams
 from dckpt.engine.saved_state import SavedState
 from dckpt.engine.shared_read import ReadPlan, SharedRead, plan_alone, plan_together
 from dckpt.engine.wanted import RECORD_PREFIX, Wanted, describe_wanted, group_ranks, own_blobs, rank_classes
@@ -36,7 +36,6 @@ from dckpt.ranks.session import Session
 from dckpt.ranks.topology import Topology
 from dckpt.resume.report import LoadResult
 from dckpt.state.records import RestorePlan
-from dckpt.state.rng import restore_rng
 from dckpt.state.train_state import TrainState
 from dckpt.storage.base import Storage
 
@@ -55,6 +54,7 @@ class LoadOptions:
     allow_unexpected: Sequence[str] = ()
     cast: Literal["exact", "allow"] = "exact"
     gradients: Literal["restore", "drop"] = "restore"
+    rng: RngPolicy = "derive"
     walk_back: bool = False
     is_resume: bool = False  # training goes on: a part that it would silently start without is a difference
 
@@ -286,8 +286,8 @@ class Loader:
     def _plan_rng(self, state: TrainState, saved: SavedState, options: LoadOptions) -> RngPlan:
         is_wanted = options.parts is None or RNG in options.parts
         if not is_wanted or RNG not in saved.parts:
-            return RngPlan({}, {})
-        return plan_rng_streams(state, saved, state.coordinates() or {"rank": self._topology.rank})
+            return RngPlan()
+        return plan_rng_streams(state, saved, state.coordinates() or {"rank": self._topology.rank}, options.rng)
 
     def _plan_reads(
         self, session: Session, peers: LoadPeers, candidate: _Candidate, classes: list[Any]
@@ -346,7 +346,7 @@ class Loader:
         try:
             candidate.plan.apply()
             # RNG comes last: building iterators or stepping schedulers above may have drawn from the streams.
-            restore_rng(candidate.rng.streams, state.generators)
+            state.restore_rng(candidate.rng.streams)
             candidate.files.close()
         except Exception as error:  # noqa: BLE001 - it travels to all ranks, which raise it together
             return error

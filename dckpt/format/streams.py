@@ -4,9 +4,10 @@ Deriving (`rekey_stream`) is a pure function of checkpoint and mesh. K = BLAKE2b
 
     dckpt-rng-v1|<run seed>|<stream>|<generation>|<step>|<axis>=<coordinate>,...        axes in the order of their names
 
-with decimal numbers. torch CPU: 624 words of numpy's SeedSequence(int(K)), the first replaced by 0x80000000. CUDA: seed = first
-8 bytes of K (little-endian), offset 0. numpy legacy: key as for torch, of its own K. numpy Generator: its bit generator
-seeded with int(K). Python: random.seed(int(K)). int(K) is big-endian.
+with decimal numbers; inside a slot (`slot_key`) of dckpt-slot-v1|<seed>|<stream>|<step>|<micro-batch>. torch CPU: 624 words
+of numpy's SeedSequence(int(K)), the first replaced by 0x80000000. CUDA: seed = first 8 bytes of K (little-endian), offset 0.
+numpy legacy: key as for torch, of its own K. numpy Generator: its bit generator seeded with int(K). Python:
+random.seed(int(K)). int(K) is big-endian.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ TORCH_CPU_BYTES = 5056
 CUDA_STATE = struct.Struct("<Qq")
 """Seed and offset of a CUDA generator."""
 GENERATOR_PREFIX = "generator:"
+EPOCH_PREFIX = "epoch."
+"""Before a stream's name: its state when the running epoch's iterators were made."""
 
 # initial seed, left, seeded, next; 624 words of 64 bits each; normal x, y, rho, valid; next float normal, valid.
 _TORCH_CPU = struct.Struct(f"<Qii Q {MT_WORDS}Q ddd i4x f?3x".replace(" ", ""))
@@ -73,8 +76,14 @@ def python_record(state: tuple[Any, ...]) -> dict[str, Any]:
     return {"kind": "python", "version": version, "words": struct.pack(f"<{len(words)}I", *words), "gauss": gauss}
 
 
+def plain_stream(stream: str) -> str:
+    """The stream itself, of which `stream` may be the state at the epoch's start."""
+    return stream.removeprefix(EPOCH_PREFIX)
+
+
 def kind_of_stream(stream: str) -> tuple[str, str]:
     """(kind, device) of a stream whose name says it; generators are of any kind."""
+    stream = plain_stream(stream)
     if stream in ("python", "numpy"):
         return ("python", "") if stream == "python" else ("numpy-legacy", "")
     return "torch", "cpu" if stream == "torch" else "cuda"
@@ -103,6 +112,12 @@ def stream_key(stream: str, *, run_seed: int, generation: int, step: int, coordi
     return hashlib.blake2b(text.encode(), digest_size=32).digest()
 
 
+def slot_key(stream: str, *, seed: int, step: int, micro_batch: int) -> bytes:
+    """K of a stream inside a slot: a function of what is computed, never of who computes it."""
+    text = f"dckpt-slot-v1|{seed}|{stream}|{step}|{micro_batch}"
+    return hashlib.blake2b(text.encode(), digest_size=32).digest()
+
+
 def rekey_stream(
     stream: str,
     *,
@@ -119,7 +134,7 @@ def rekey_stream(
     if kind == "python":
         return encode_stream(python_record(random.Random(number).getstate()))
     if kind == "numpy-legacy":
-        state = {"key": _mt_words(number), "pos": MT_WORDS}
+        state = {"key": mt_words(number), "pos": MT_WORDS}
         legacy = {"bit_generator": "MT19937", "state": state, "has_gauss": 0, "gauss": 0.0}
         return encode_stream({"kind": kind, "state": legacy})
     if kind == "numpy":
@@ -127,7 +142,7 @@ def rekey_stream(
     if device == "cuda":
         raw = CUDA_STATE.pack(int.from_bytes(key[:8], "little"), 0)
     elif device == "cpu":
-        raw = torch_cpu_state(_mt_words(number), seed=int.from_bytes(key[:8], "little"))
+        raw = torch_cpu_state(mt_words(number), seed=int.from_bytes(key[:8], "little"))
     else:
         raise ConfigError(
             f"random stream {stream}: a generator on {device!r} cannot be derived anew. Reseed it yourself"
@@ -140,7 +155,8 @@ def torch_cpu_state(words: np.ndarray[Any, np.dtype[np.uint32]], *, seed: int) -
     return _TORCH_CPU.pack(seed, 1, 1, 0, *(int(word) for word in words), 0.0, 0.0, 0.0, 0, 0.0, False)
 
 
-def _mt_words(number: int) -> np.ndarray[Any, np.dtype[np.uint32]]:
+def mt_words(number: int) -> np.ndarray[Any, np.dtype[np.uint32]]:
+    """Mersenne Twister words for a key, as the rule above says."""
     words = np.random.SeedSequence(number).generate_state(MT_WORDS, np.uint32).astype(np.uint32)
     # Only the highest bit of the first word is state; this one makes the state non-zero for certain.
     words[0] = 0x80000000
@@ -148,7 +164,7 @@ def _mt_words(number: int) -> np.ndarray[Any, np.dtype[np.uint32]]:
 
 
 def _kind_to_rekey(stream: str, like: JsonValue | None) -> tuple[str, str]:
-    if not stream.startswith(GENERATOR_PREFIX):
+    if not plain_stream(stream).startswith(GENERATOR_PREFIX):
         return kind_of_stream(stream)
     if like is None:
         raise ConfigError(f"random stream {stream}: pass like=, a saved state of it, for its kind is not in its name")

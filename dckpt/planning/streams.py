@@ -8,7 +8,7 @@ from typing import Literal
 
 from dckpt.errors import ConfigError
 from dckpt.format.sealed_json import JsonValue
-from dckpt.format.streams import rekey_stream, run_seed_of
+from dckpt.format.streams import EPOCH_PREFIX, rekey_stream, run_seed_of
 
 RngAction = Literal["exact", "copy", "rekey", "fresh", "drop"]
 
@@ -78,8 +78,8 @@ def plan_rng(
         else:
             plan[stream] = "rekey" if axes else "copy"
     for stream in available:
-        # `cuda:<i>` is saved only where it says something that `cuda` does not.
-        if stream not in saved and not stream.startswith("cuda:"):
+        # `cuda:<i>` is saved only where it says something that `cuda` does not, an epoch's start only within the epoch.
+        if stream not in saved and not stream.startswith(("cuda:", EPOCH_PREFIX)):
             plan[stream] = "fresh"
     return plan
 

@@ -27,6 +27,7 @@ from dckpt.format.streams import (
     decode_stream,
     encode_stream,
     kind_of_stream,
+    plain_stream,
     python_record,
     stream_bytes,
 )
@@ -101,7 +102,8 @@ def ensure_restorable(
     """
     generators = generators or {}
     records = {stream: decode_stream(stream, state) for stream, state in streams.items()}
-    unavailable = sorted(set(records) - set(available_streams(generators)))
+    live = set(available_streams(generators))
+    unavailable = sorted(stream for stream in records if plain_stream(stream) not in live)
     if unavailable:
         raise ConfigError(
             f"random streams {unavailable}: this process has no such device or generator; it has "
@@ -121,6 +123,7 @@ def available_streams(generators: Mapping[str, Any] | None = None) -> list[str]:
 
 def _ensure_fits(stream: str, record: dict[str, Any], generators: Mapping[str, Any]) -> None:
     """Try the state on a stand-in, so that a bad one is found before any stream has moved."""
+    stream = plain_stream(stream)
     kind, expected = record["kind"], _kind_of_stream(stream, generators)
     if kind != expected[0] or (kind == "torch" and record.get("device") != expected[1]):
         found = f"{kind} on {record.get('device')}" if kind == "torch" else kind

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ from torch.optim import Optimizer
 
 from dckpt.errors import ConfigError
 from dckpt.format.accumulation import DROP_GRADIENTS, GRADIENTS, carried_micro_step
-from dckpt.format.values import encode_value
+from dckpt.format.values import JsonValue, encode_value
 from dckpt.state import model as model_state
 from dckpt.state import optimizer as optimizer_state
 from dckpt.state.gradients import capture_gradients, gradient_obstacle, plan_gradients
@@ -24,6 +25,7 @@ from dckpt.state.planner import Planner
 from dckpt.state.progress import TrainProgress, accumulation_of, batch_of
 from dckpt.state.records import Captured, Cast, CheckpointView, RestorePlan
 from dckpt.state.rng import capture_rng
+from dckpt.state.run_streams import RunStreams
 
 # Restored together or not at all: a schedule that was built on other learning rates stays wrong for good.
 _MATCHED_SET = ("optim", "scheduler", "scaler")
@@ -107,6 +109,7 @@ class TrainState:
             ensure_key(key, what="generators")
         if mesh is not None and not isinstance(mesh, DeviceMesh):
             raise ConfigError(f"mesh: expected a torch DeviceMesh, found {type(mesh).__name__}")
+        self._streams = RunStreams(self.generators)
         self._counter = _StepCounter()
         for found in self._optimizers.values():
             self._counter.attach(found)
@@ -174,8 +177,36 @@ class TrainState:
         values = {component: encode_value(tree, path=component) for component, tree in trees.items()}
         _ensure_unique([tensor.name for tensor in collected.tensors])
         # Last, so that it is the streams' state when the capture is complete, whatever a user's state_dict() drew.
-        rng = capture_rng(self.generators)
+        rng = {**capture_rng(self.generators), **self._streams.epoch_start(self._epoch())}
         return Captured(tuple(collected.tensors), values, collected.aliases, rng, (*values, "rng"))
+
+    # Random streams.
+
+    def epoch_start_rng(self) -> AbstractContextManager[bool]:
+        """Make an epoch's iterators inside, in a new epoch and after a resume in the middle of one alike.
+
+        The first time in an epoch the streams go on, and where they stood is kept and saved with every checkpoint of the
+        epoch. Entered again, as after a resume, the streams stand there inside (the value is True), and afterwards where
+        they stood before: so workers get their seeds and a sampler its order again, and skipping what was consumed draws what
+        it drew then. The epoch is that of `progress`.
+        """
+        return self._streams.at_epoch_start(self._epoch())
+
+    @property
+    def rng_remaps(self) -> list[dict[str, Any]]:
+        """One record a resume that did not give every random stream back exactly, oldest first; saved as a fact."""
+        return list(self._streams.remaps)
+
+    def note_rng_remap(self, earlier: Any, remap: dict[str, Any] | None) -> None:
+        """Take over a checkpoint's `rng_remaps`, and add what this load did to the streams, if it did anything."""
+        self._streams.note(earlier, remap)
+
+    def restore_rng(self, streams: Mapping[str, JsonValue]) -> None:
+        """Set the streams given, and those of the epoch's start for `epoch_start_rng`."""
+        self._streams.restore(streams, self._epoch())
+
+    def _epoch(self) -> int:
+        return getattr(self.progress, "epoch", 0)
 
     def _capture_models(self, collected: Collected) -> dict[str, Any]:
         extra: dict[str, Any] = {}

@@ -219,12 +219,22 @@ def test_the_first_save_into_a_run_with_history_needs_a_load(opened: Callable[..
         assert checkpointer.save(run.state, blocking=True).outcome == "committed"
 
 
-def test_a_save_in_the_middle_of_an_accumulation_is_refused(opened: Callable[..., Any]) -> None:
+def test_a_save_in_the_middle_of_an_accumulation_needs_gradients_and_is_never_another_one_for_them(
+    opened: Callable[..., Any],
+) -> None:
     checkpointer, run = opened()
     run.progress.micro_step = 1
 
-    with pytest.raises(ConfigError, match="boundary of gradient accumulation"):
+    with pytest.raises(ConfigError, match="found none on any parameter"):
         checkpointer.save(run.state)
+    assert checkpointer.save(run.state, gradients="drop", blocking=True).outcome == "committed"
+    run.model(torch.ones(2, run.width)).sum().backward()
+    with pytest.raises(ConfigError, match="saved before without its gradients"):
+        checkpointer.save(run.state)
+    run.progress.micro_step = 2
+    assert checkpointer.save(run.state, blocking=True).outcome == "committed"
+    with pytest.raises(ConfigError, match="saved before with its gradients"):
+        checkpointer.save(run.state, gradients="drop")
 
 
 class FailingReads(Posix):

@@ -224,6 +224,7 @@ def test_a_save_in_the_middle_of_an_accumulation_needs_gradients_and_is_never_an
 ) -> None:
     checkpointer, run = opened()
     run.progress.micro_step = 1
+    run.optimizer.zero_grad()
 
     with pytest.raises(ConfigError, match="found none on any parameter"):
         checkpointer.save(run.state)

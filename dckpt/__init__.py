@@ -13,8 +13,10 @@ from dckpt.version import __version__
 if TYPE_CHECKING:
     from dckpt.catalog.retention import Best, Retention
     from dckpt.checkpointer import Checkpointer
+    from dckpt.data.fingerprint import fingerprint_files
     from dckpt.data.sampler import ElasticDistributedSampler
     from dckpt.data.seeding import SampleIndex, SampleRandom, SeededDataset, seeded_sample
+    from dckpt.data.split import Split, split_indices
     from dckpt.dcp.planner import DckptLoadPlanner, DckptSavePlanner
     from dckpt.dcp.reader import DckptReader
     from dckpt.dcp.writer import DckptWriter
@@ -70,11 +72,14 @@ _HOMES = {
     "SampleIndex": "dckpt.data.seeding",
     "SampleRandom": "dckpt.data.seeding",
     "SeededDataset": "dckpt.data.seeding",
+    "Split": "dckpt.data.split",
     "StepAction": "dckpt.engine.cadence",
     "TrainProgress": "dckpt.state.progress",
     "TrainState": "dckpt.state.train_state",
     "evaluating": "dckpt.state.evaluating",
+    "fingerprint_files": "dckpt.data.fingerprint",
     "seeded_sample": "dckpt.data.seeding",
+    "split_indices": "dckpt.data.split",
     "CheckpointNotFoundError": "dckpt.errors",
     "CommitConflictError": "dckpt.errors",
     "ConfigError": "dckpt.errors",
@@ -133,6 +138,7 @@ __all__ = [
     "SampleRandom",
     "SaveNotFinishedError",
     "SeededDataset",
+    "Split",
     "StepAction",
     "Stop",
     "StorageError",
@@ -145,7 +151,9 @@ __all__ = [
     "UnknownOutcomeError",
     "__version__",
     "evaluating",
+    "fingerprint_files",
     "seeded_sample",
+    "split_indices",
 ]
 
 

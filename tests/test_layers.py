@@ -50,7 +50,7 @@ TORCH_FREE = (
     "cli",
     "tools",
 )
-TORCH_FREE_FILES = ("dckpt/data/order.py", "dckpt/data/position.py")
+TORCH_FREE_FILES = tuple(f"dckpt/data/{name}.py" for name in ("fingerprint", "order", "position", "split"))
 """Of packages that may import torch: what commands use that must not."""
 TORCH_ALLOWED: dict[str, str] = {}
 """File -> why it may import torch although its package is torch-free."""

@@ -26,6 +26,7 @@ FACE = {
     "TrainProgress",
     "TrainState",
     "evaluating",
+    "split_indices",
 }
 # Further names, with what they are for.
 ADDED = {
@@ -34,6 +35,8 @@ ADDED = {
     "EXIT_STOPPED": "the exit code of a training script after Stop",
     "DckptLoadPlanner": "planner for torch.distributed.checkpoint.load",
     "DckptSavePlanner": "planner for torch.distributed.checkpoint.save",
+    "Split": "what split_indices returns",
+    "fingerprint_files": "what identifies a data set in files",
     "SampleIndex": "an index that carries its epoch, for randomness that is keyed by sample",
     "SampleRandom": "generators of one sample",
     "SeededDataset": "a data set whose augmentation does not depend on the number of ranks and workers",
@@ -78,6 +81,8 @@ PARAMETERS = {
         "facts",
     ),
     "evaluating": ("models", "preserve_rng"),
+    "split_indices": ("items", "validation", "seed", "among"),
+    "fingerprint_files": ("paths", "content"),
     "ElasticDistributedSampler": ("dataset", "batch", "seed", "rank", "shuffle", "tail", "dataset_fingerprint"),
     "DckptWriter": ("url",),
     "DckptReader": ("url",),
@@ -123,7 +128,7 @@ def test_a_public_class_has_a_docstring_of_its_own(name: str) -> None:
     assert doc and not doc.startswith(f"{kind.__name__}("), f"{name} has no docstring, or only a dataclass's own"
 
 
-@pytest.mark.parametrize("name", [name for name in PARAMETERS if "." in name] + ["evaluating"])
+@pytest.mark.parametrize("name", [name for name in PARAMETERS if "." in name or name.islower()])
 def test_a_public_function_has_a_docstring(name: str) -> None:
     assert inspect.getdoc(resolve(name))
 

@@ -30,6 +30,7 @@ COMMANDS: dict[str, str] = {
     "ls": "List the checkpoints of a run.",
     "show": "Everything about one checkpoint.",
     "verify": "Read every byte of a checkpoint and say what it is good for.",
+    "repair": "Give back what can be proved, fill in what can be derived.",
     "prune": "Remove checkpoints by a policy, superseded steps and leftovers.",
     "pin": "Keep a checkpoint whatever the policy says.",
     "unpin": "Let the policy judge a checkpoint again.",
@@ -70,7 +71,7 @@ class _Commands(click.Group):
 @click.group(cls=_Commands, epilog=EXIT_CODES_HELP, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="dckpt")
 def main() -> None:
-    """Look at, verify, keep, roll back, prune and reshard the checkpoints of a training run.
+    """Look at, verify, repair, keep, roll back, prune and reshard the checkpoints of a training run.
 
     RUN is the directory that was given to Checkpointer. STEP is latest, a number, or a checkpoint's full
     name; a superseded step needs its full name.

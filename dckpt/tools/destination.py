@@ -12,7 +12,7 @@ from dckpt.catalog.generations import read_generation
 from dckpt.catalog.line import trace_line
 from dckpt.dcp.location import split_checkpoint_url
 from dckpt.errors import CommitConflictError, ConfigError
-from dckpt.format.generation import Generation, Parent
+from dckpt.format.generation import Generation, Parent, Reason
 from dckpt.format.layout import (
     GENERATIONS_DIR,
     MANIFEST_NAME,
@@ -43,14 +43,14 @@ class Destination:
     superseded: tuple[str, ...] = ()
     is_new_run: bool = False
 
-    def record(self, world_size: int) -> Generation:
+    def record(self, world_size: int, reason: Reason = "reshard") -> Generation:
         """The generation record to create just before the commit."""
         assert self.run_id is not None, "a stand-alone checkpoint has no generation"
         return Generation(
             number=self.generation,
             run_id=self.run_id,
             parent=self.parent,
-            reason="reshard",
+            reason=reason,
             world_size=world_size,
             created_unix_s=time.time(),
             nonce=uuid.uuid4().hex,

@@ -52,35 +52,36 @@ _STATE_STYLES = {"latest": "green", "superseded": "dim", "pinned": "cyan", "dama
 
 def render_listing(listing: Listing, *, now_unix_s: float) -> str:
     """`dckpt ls`: the table, then one line each on the line's start, damage and leftovers."""
-    return _render(lambda: _listing_parts(listing, now_unix_s))
+    return render(lambda: _listing_parts(listing, now_unix_s))
 
 
 def render_details(details: Details, *, now_unix_s: float) -> str:
     """`dckpt show`."""
-    return _render(lambda: _details_parts(details, now_unix_s))
+    return render(lambda: _details_parts(details, now_unix_s))
 
 
 def render_verification(report: Verification) -> str:
     """`dckpt verify`: each checkpoint's components, damages, findings and verdict."""
-    return _render(lambda: _verification_parts(report))
+    return render(lambda: _verification_parts(report))
 
 
 def render_plan(plan: Plan) -> str:
     """`dckpt prune`: what stays and why, what goes, and how many bytes that frees."""
-    return _render(lambda: _plan_parts(plan))
+    return render(lambda: _plan_parts(plan))
 
 
 def render_rollback(plan: RollbackPlan | None) -> str:
     """`dckpt rollback`: what changes, and for whom. No plan: that step is the latest already."""
-    return _render(lambda: _rollback_parts(plan))
+    return render(lambda: _rollback_parts(plan))
 
 
 def render_reshard(plan: ReshardPlan | None, *, duration_s: float | None) -> str:
     """`dckpt reshard`: what is or was written. No plan: there was nothing to do; no duration: it was only shown."""
-    return _render(lambda: _reshard_parts(plan, duration_s))
+    return render(lambda: _reshard_parts(plan, duration_s))
 
 
-def _render(parts: Callable[[], Iterable[RenderableType]]) -> str:
+def render(parts: Callable[[], Iterable[RenderableType]]) -> str:
+    """The parts as text, with colours if standard output is a terminal."""
     from rich.text import Text
 
     console = _console()
@@ -101,7 +102,8 @@ def _console() -> Console:
     return Console(width=width, force_terminal=is_terminal, highlight=False, markup=False, emoji=False, soft_wrap=False)
 
 
-def _table(*columns: str, right: Sequence[str] = (), title: str | None = None) -> Table:
+def table_of(*columns: str, right: Sequence[str] = (), title: str | None = None) -> Table:
+    """A table without lines; columns named in `right` are aligned there and never folded."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, title=title, title_justify="left", title_style="bold", header_style="bold")
@@ -111,29 +113,30 @@ def _table(*columns: str, right: Sequence[str] = (), title: str | None = None) -
     return table
 
 
-def _text(text: str, style: str = "") -> RenderableType:
+def text_of(text: str, style: str = "") -> RenderableType:
+    """One line that the terminal may wrap."""
     from rich.text import Text
 
     return Text(text, style=style)
 
 
 def _listing_parts(listing: Listing, now_unix_s: float) -> Iterable[RenderableType]:
-    yield _text(f"{listing.url}: {format_count(len(listing.checkpoints), 'checkpoint')}", "bold")
+    yield text_of(f"{listing.url}: {format_count(len(listing.checkpoints), 'checkpoint')}", "bold")
     shared = sum(row.shared_bytes for row in listing.checkpoints)
     if shared:
         total = format_bytes(listing.total_bytes)
-        yield _text(f"{total} in all; {format_bytes(shared)} of unchanged files are shared and stored once.")
+        yield text_of(f"{total} in all; {format_bytes(shared)} of unchanged files are shared and stored once.")
     if listing.checkpoints:
         yield _listing_table(listing, now_unix_s)
     for row in listing.checkpoints:
         if row.damage is not None:
-            yield _text(f"Damaged: {row.damage}", "red")
+            yield text_of(f"Damaged: {row.damage}", "red")
     for note in listing.notes:
-        yield _text(note, "red")
+        yield text_of(note, "red")
     if listing.line_generations:
-        yield _text(f"Line: {_describe_line(listing.line_generations)}.")
+        yield text_of(f"Line: {_describe_line(listing.line_generations)}.")
     if listing.leftovers:
-        yield _text(_describe_leftovers(listing.leftovers))
+        yield text_of(_describe_leftovers(listing.leftovers))
 
 
 def _listing_table(listing: Listing, now_unix_s: float) -> Table:
@@ -142,7 +145,7 @@ def _listing_table(listing: Listing, now_unix_s: float) -> Table:
     metrics = sorted({name for row in listing.checkpoints for name in row.metrics})
     has_shared = any(row.shared_bytes for row in listing.checkpoints)
     numbers = ("step", "gen", "saved", "size", *(["shared"] if has_shared else []), "ranks")
-    table = _table(*numbers, "state", *metrics, right=(*numbers, *metrics))
+    table = table_of(*numbers, "state", *metrics, right=(*numbers, *metrics))
     for row in listing.checkpoints:
         age = "?" if row.created_unix_s is None else format_age(now_unix_s - row.created_unix_s)
         state = Text(", ").join(Text(name, style=_STATE_STYLES.get(name, "")) for name in row.states)
@@ -182,9 +185,9 @@ def _describe_leftovers(leftovers: Sequence[LeftoverRow]) -> str:
 
 
 def _details_parts(details: Details, now_unix_s: float) -> Iterable[RenderableType]:
-    yield _text(details.name, "bold")
+    yield text_of(details.name, "bold")
     yield _facts_grid(_identity(details, now_unix_s))
-    yield _text("")
+    yield text_of("")
     yield _component_table(details.components)
     for title, rows in (
         ("values", [(row.name, row.summary) for row in details.values]),
@@ -202,13 +205,13 @@ def _details_parts(details: Details, now_unix_s: float) -> Iterable[RenderableTy
         ("tied tensors", list(details.aliases.items())),
     ):
         if rows:
-            yield from ([_text(""), _text(title, "bold")] if title else [])
+            yield from ([text_of(""), text_of(title, "bold")] if title else [])
             yield _facts_grid(rows)
-    yield _text("")
+    yield text_of("")
     yield _file_table(details.files)
     if details.tensors is not None:
-        yield _text("")
-        tensors = _table("tensor", "dtype", "shape", "chunks", "files", right=("chunks",))
+        yield text_of("")
+        tensors = table_of("tensor", "dtype", "shape", "chunks", "files", right=("chunks",))
         for tensor in details.tensors:
             shape = str(list(tensor.shape))
             tensors.add_row(tensor.name, tensor.dtype, shape, str(tensor.num_chunks), format_names(tuple(tensor.files)))
@@ -217,7 +220,7 @@ def _details_parts(details: Details, now_unix_s: float) -> Iterable[RenderableTy
 
 def _file_table(rows: Sequence[FileRow]) -> Table:
     has_reused = any(row.reused for row in rows)
-    table = _table(
+    table = table_of(
         *("file", "kind", "rank", "size", "digest", *(["unchanged for"] if has_reused else [])), right=("rank", "size")
     )
     for row in rows:
@@ -282,7 +285,7 @@ def _facts_grid(rows: Iterable[tuple[str, str]]) -> Table:
 def _component_table(components: Sequence[ComponentRow]) -> Table:
     from rich.text import Text
 
-    table = _table("component", "", "tensors", "bytes", "kept by", right=("tensors", "bytes"))
+    table = table_of("component", "", "tensors", "bytes", "kept by", right=("tensors", "bytes"))
     for row in components:
         mark = Text("present", style="green") if row.is_present else Text("missing", style="yellow")
         holder = row.consequence
@@ -294,34 +297,34 @@ def _component_table(components: Sequence[ComponentRow]) -> Table:
 
 
 def _verification_parts(report: Verification) -> Iterable[RenderableType]:
-    yield _text(report.url, "bold")
+    yield text_of(report.url, "bold")
     for checkpoint in report.checkpoints:
-        yield _text("")
+        yield text_of("")
         yield from _checkpoint_parts(checkpoint)
     if report.run_damages or report.run_findings:
-        yield _text("")
-        yield _text("The run's own records", "bold")
+        yield text_of("")
+        yield text_of("The run's own records", "bold")
         for damage in report.run_damages:
-            yield _text(f"  {_describe_damage(damage)}", "red")
+            yield text_of(f"  {_describe_damage(damage)}", "red")
         for finding in report.run_findings:
             yield _finding_line(finding)
     if len(report.checkpoints) > 1 or report.run_damages:
-        yield _text("")
-        yield _text(f"Overall: {report.verdict}", _VERDICT_STYLES[report.verdict])
+        yield text_of("")
+        yield text_of(f"Overall: {report.verdict}", _VERDICT_STYLES[report.verdict])
 
 
 def _checkpoint_parts(report: CheckpointReport) -> Iterable[RenderableType]:
-    yield _text(report.checkpoint, "bold")
+    yield text_of(report.checkpoint, "bold")
     if report.components:
         yield _component_table(report.components)
     for damage in report.damages:
-        yield _text(f"  {_describe_damage(damage)}", "red")
+        yield text_of(f"  {_describe_damage(damage)}", "red")
     for finding in report.findings:
         yield _finding_line(finding)
     files = format_count(report.num_files, "file")
     rate = f"{format_bytes(report.bytes_read)} of {files} in {report.duration_s:.1f} s"
     scope = " --quick: tensor data was not read." if report.is_quick else ""
-    yield _text(f"{report.verdict}: {_describe_verdict(report)} Read {rate}.{scope}", _VERDICT_STYLES[report.verdict])
+    yield text_of(f"{report.verdict}: {_describe_verdict(report)} Read {rate}.{scope}", _VERDICT_STYLES[report.verdict])
 
 
 def _describe_verdict(report: CheckpointReport) -> str:
@@ -342,7 +345,7 @@ def _describe_verdict(report: CheckpointReport) -> str:
 
 def _finding_line(finding: Finding) -> RenderableType:
     style = {"critical": "red", "warning": "yellow"}.get(finding.severity, "dim")
-    return _text(f"  {finding.severity}: {finding.message} {finding.remedy}", style)
+    return text_of(f"  {finding.severity}: {finding.message} {finding.remedy}", style)
 
 
 def _describe_damage(damage: DamageRow) -> str:
@@ -360,8 +363,8 @@ def _describe_damage(damage: DamageRow) -> str:
 def _plan_parts(plan: Plan) -> Iterable[RenderableType]:
     from rich.text import Text
 
-    yield _text(plan.url, "bold")
-    table = _table("", "name", "size", "why", right=("size",))
+    yield text_of(plan.url, "bold")
+    table = table_of("", "name", "size", "why", right=("size",))
     for kept in plan.keep:
         table.add_row(Text("keep", style="green"), kept.name, "", ", ".join(kept.reasons))
     for removed in plan.remove:
@@ -376,36 +379,36 @@ def _plan_parts(plan: Plan) -> Iterable[RenderableType]:
         )
     yield table
     if plan.remove or plan.leftovers:
-        yield _text(f"This frees {format_bytes(plan.freed_bytes)}.")
+        yield text_of(f"This frees {format_bytes(plan.freed_bytes)}.")
     else:
-        yield _text("Nothing to remove.")
+        yield text_of("Nothing to remove.")
 
 
 def _rollback_parts(plan: RollbackPlan | None) -> Iterable[RenderableType]:
     if plan is None:
-        yield _text("Nothing to do: that step is the latest already.")
+        yield text_of("Nothing to do: that step is the latest already.")
         return
-    yield _text(plan.url, "bold")
+    yield text_of(plan.url, "bold")
     rows = [("latest now", plan.latest or "none"), ("latest then", f"{plan.checkpoint} (generation {plan.generation})")]
     if plan.superseded:
         rows.append(("superseded", f"{', '.join(plan.superseded)}: kept, and the way back"))
     if plan.restored:
         rows.append(("back on the line", ", ".join(plan.restored)))
     yield _facts_grid(rows)
-    yield _text(
+    yield text_of(
         "A job that still trains in this run is fenced: its next save fails with CommitConflictError, so stop it first.",
         "yellow",
     )
     if plan.youngest_attempt_s is not None:
         age = format_age(plan.youngest_attempt_s)
-        yield _text(f"A save that has not committed was last touched {age}: a job may be saving right now.", "yellow")
+        yield text_of(f"A save that has not committed was last touched {age}: a job may be saving right now.", "yellow")
 
 
 def _reshard_parts(plan: ReshardPlan | None, duration_s: float | None) -> Iterable[RenderableType]:
     if plan is None:
-        yield _text("Nothing to do: the checkpoint is laid out for these ranks already.")
+        yield text_of("Nothing to do: the checkpoint is laid out for these ranks already.")
         return
-    yield _text(f"{plan.source} -> {plan.destination}", "bold")
+    yield text_of(f"{plan.source} -> {plan.destination}", "bold")
     saved, new = _describe_ranks(plan.saved_world_size, plan.saved_mesh), _describe_ranks(plan.world_size, plan.mesh)
     place = "the first of a new run" if plan.is_new_run else "beside what is there"
     rows = [
@@ -427,14 +430,14 @@ def _reshard_parts(plan: ReshardPlan | None, duration_s: float | None) -> Iterab
     yield _facts_grid(rows)
     if plan.carried:
         names = format_names(tuple(plan.carried))
-        yield _text(f"Differed between the ranks that saved it, rank 0's go to all: {names}.", "yellow")
+        yield text_of(f"Differed between the ranks that saved it, rank 0's go to all: {names}.", "yellow")
     if plan.superseded:
-        yield _text(f"Superseded by this: {format_names(tuple(plan.superseded))}.", "yellow")
+        yield text_of(f"Superseded by this: {format_names(tuple(plan.superseded))}.", "yellow")
     if duration_s is None:
-        yield _text("Nothing was written: --dry-run.")
+        yield text_of("Nothing was written: --dry-run.")
     else:
         rate = format_bytes(int(plan.num_bytes / duration_s)) if duration_s > 0 else "?"
-        yield _text(f"Committed in {duration_s:.1f} s, {rate}/s.", "bold green")
+        yield text_of(f"Committed in {duration_s:.1f} s, {rate}/s.", "bold green")
 
 
 def _describe_ranks(world_size: int, mesh: Mapping[str, int]) -> str:

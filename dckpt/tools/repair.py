@@ -43,7 +43,7 @@ from dckpt.tools.refill import (
     refill_streams,
 )
 from dckpt.tools.repair_layout import NewFile, RepairLayout, index_from_headers, shown_names, without_states
-from dckpt.tools.restore import FileState, Restorer
+from dckpt.tools.restore import FileState, Restorer, plan_of_file
 from dckpt.tools.siblings import ReadError, Sibling, Siblings
 from dckpt.tools.target import Target
 from dckpt.tools.verify import Watch
@@ -144,6 +144,9 @@ class _Preparation:
         if index is None:
             index = self._rebuild_index(manifest, states)
         lost = self._lost_tensors(states, index)
+        if index is not None:
+            for state in states:
+                state.plan = state.plan or plan_of_file(index, state.entry.name, state.entry.size)
         return self._decide(manifest, sha256, index, states, lost)
 
     # -- manifest and index --------------------------------------------------------------------------------------------
@@ -214,7 +217,8 @@ class _Preparation:
                 continue
             ranges = [(0, state.entry.size)] if state.sums is None else _byte_ranges(state)
             for name, begin, end in index.chunks_in_file(index.files.index(state.entry.name)):
-                if any(begin < stop and first < end for first, stop in ranges):
+                is_hit = any(begin < stop and first < end for first, stop in ranges)
+                if is_hit and (begin, end) not in state.proved:
                     lost[name] = state.entry.name
         return lost
 

@@ -148,10 +148,10 @@ class RepairLayout:
             own = next((r for r in self._records if values_record_name(r, RNG) == name), None)
             if own is not None:
                 record = self._records[own]
-                tensors.append(ShardTensor(name, dtype, (len(record),), (0,)))
+                tensors.append(ShardTensor(name, dtype, (len(record),), (0,), (len(record),)))
                 sources[name] = record
             elif not self._is_dropped(name):
-                tensors.append(ShardTensor(name, dtype, chunk.sizes, chunk.offsets))
+                tensors.append(ShardTensor(name, dtype, chunk.sizes, chunk.offsets, tuple(self.index.meta(name).shape)))
                 sources[name] = chunk.begin
         plan = plan_shard_file(state.entry.name, tensors)
         return NewFile(plan.file, rank, state, plan, tuple(sources[tensor.name] for tensor in plan.tensors))
@@ -163,7 +163,8 @@ class RepairLayout:
             if (parsed := parse_shard_file_name(state.entry.name)) is not None and parsed[0] == rank
         ]
         name = shard_file_name(rank, max(parts, default=-1) + 1)
-        plan = plan_shard_file(name, [ShardTensor(values_record_name(rank, RNG), "U8", (len(record),), (0,))])
+        shape = (len(record),)
+        plan = plan_shard_file(name, [ShardTensor(values_record_name(rank, RNG), "U8", shape, (0,), shape)])
         return NewFile(name, rank, None, plan, (record,))
 
     def _new_index(self, moved: Mapping[str, ShardFilePlan]) -> LayoutIndex:

@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 
 from dckpt import failpoint
 from dckpt.blocks.source import PieceMemory, parts_of_piece
-from dckpt.blocks.write import WriterPool, write_shard_file, write_small
+from dckpt.blocks.write import WriterPool, checksum_source, write_shard_file, write_small
 from dckpt.catalog.generations import create_generation
 from dckpt.catalog.transaction import Transaction
 from dckpt.errors import CorruptCheckpointError, StorageFullError, StorageMissingError
-from dckpt.format.checksum import digest_bytes, encode_sums
+from dckpt.format.checksum import Sums, digest_bytes, encode_sums, parse_sums
 from dckpt.format.layout import sums_file_name
 from dckpt.format.manifest import REUSED_MAX, FileEntry
 from dckpt.format.origin import CHANGES_MAX, Origin
@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 SLACK_BYTES = 2**20  # index and manifest
 SENTENCE_CHARS_MAX = 1000
+SUMS_BYTES_MAX = 2**30
 
 OnBytes = Callable[[int], None]
 
@@ -45,6 +46,11 @@ class ExactSource:
     def size(self) -> int:
         """Bytes of the whole file."""
         return self.state.entry.size
+
+    @property
+    def plan(self) -> ShardFilePlan | None:
+        """Where its tensors lie."""
+        return self.state.plan
 
     def piece(self, begin: int, end: int, memory: PieceMemory) -> memoryview:
         """Read and verified; see `FileState.read`."""
@@ -189,10 +195,9 @@ def _keep(
         ) from error
     if not is_linked:
         return _write(prepared, NewFile(entry.name, entry.rank or 0, state, None), directory, attempt, pool, on_bytes)
-    assert state.sums is not None
-    on_bytes(entry.size)
     sums_name = sums_file_name(entry.name)
-    sums = _sums_bytes(prepared, state)
+    sums = _sums_bytes(prepared, state, pool)
+    on_bytes(entry.size)
     write_small(prepared.destination.storage, f"{directory}/{sums_name}", sums)
     # A stand-alone checkpoint states no reuse (FORMAT.md, section 8.2).
     reused = min(entry.reused + 1, REUSED_MAX) if prepared.destination.generation else 0
@@ -202,9 +207,11 @@ def _keep(
     ]
 
 
-def _sums_bytes(prepared: Prepared, state: FileState) -> bytes:
-    """The sums file as it was, if it is good; made again otherwise."""
+def _sums_bytes(prepared: Prepared, state: FileState, pool: WriterPool) -> bytes:
+    """The sums file as it was, if it is good and has fingerprints; made again from the file otherwise."""
     assert state.sums is not None
+    if state.plan is not None and not state.sums.fingerprints:
+        return encode_sums(checksum_source(ExactSource(state), lambda _: None, pool))
     if state.has_good_sums:
         entry = prepared.source.sums_entry(state.entry)
         name = prepared.plan.source.rpartition("/")[2]
@@ -235,4 +242,25 @@ def _write(
                 expected=expected.digest,
                 found=shard.digest,
             )
+    if file.plan is not None and file.old is not None and file.old.sums is not None:
+        _ensure_same_tensors(prepared, file, file.old.sums, f"{directory}/{found[1].name}")
     return found
+
+
+def _ensure_same_tensors(prepared: Prepared, file: NewFile, old: Sums, sums_key: str) -> None:
+    """Every tensor that was taken over has the fingerprint that it had when it was saved."""
+    storage = prepared.destination.storage
+    assert file.plan is not None
+    assert file.old is not None
+    new = parse_sums(storage.read_bytes(sums_key, limit=SUMS_BYTES_MAX), key=sums_key)
+    if file.old.plan is None or not old.fingerprints or not new.fingerprints:
+        return
+    before = dict(zip((tensor.name for tensor in file.old.plan.tensors), old.fingerprints, strict=True))
+    for tensor, source, value in zip(file.plan.tensors, file.tensors, new.fingerprints, strict=True):
+        if not isinstance(source, bytes) and before[tensor.name] != value:
+            raise CorruptCheckpointError(
+                f"{storage.locate(sums_key)}: expected fingerprint {before[tensor.name]:032x} of {tensor.name}, found "
+                f"{value:032x}. Somebody changes the files; nothing was committed, plan again.",
+                key=tensor.name,
+                field="fingerprint",
+            )

@@ -17,9 +17,10 @@ from dckpt.blocks.read import read_checked
 from dckpt.blocks.scan import FileScan, ScanItem, scan_file
 from dckpt.errors import CorruptCheckpointError, StorageError, StorageMissingError
 from dckpt.format.checksum import BLOCK_BYTES, FileHasher, Sums, block_checksums, digest_bytes, parse_sums
+from dckpt.format.fingerprint import box_runs, fold_box
 from dckpt.format.index import LayoutIndex
 from dckpt.format.manifest import FileEntry, Manifest
-from dckpt.format.shard_file import ShardTensor, plan_shard_file
+from dckpt.format.shard_file import DTYPES, ShardFilePlan, ShardTensor, plan_shard_file
 from dckpt.storage.base import Storage
 from dckpt.tools.siblings import Place, ReadError, Siblings
 
@@ -31,6 +32,8 @@ FLIPS_MAX = 8
 
 BYTES_MAX = 1
 """Blocks that are searched for a single wrong byte; it takes half a minute or so."""
+
+PROVE_BYTES = 2**20
 
 ONE_BIT = tuple(1 << bit for bit in range(8))
 SEVERAL_BITS = tuple(mask for mask in range(1, 256) if mask not in ONE_BIT)
@@ -49,8 +52,9 @@ class Segment:
 class FileState:
     """One shard file. `sums` None: nothing says which of its blocks are good, and the file is not.
 
-    is_intact: every byte in place is good. segments: all good blocks, ascending. lost: the others. notes: what was restored
-    and from where, a sentence each.
+    is_intact: every byte in place is good. segments: all good blocks, ascending. lost: the others; proved: byte ranges in them
+    that are good in place all the same, because the fingerprint of their tensor is. plan: where its tensors lie, if that is
+    known. notes: what was restored and from where, a sentence each.
     """
 
     entry: FileEntry
@@ -60,6 +64,8 @@ class FileState:
     is_intact: bool = False
     segments: list[Segment] = field(default_factory=list)
     lost: list[tuple[int, int]] = field(default_factory=list)
+    proved: list[tuple[int, int]] = field(default_factory=list)
+    plan: ShardFilePlan | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -74,6 +80,12 @@ class FileState:
         """
         assert self.sums is not None
         assert len(target) == end - begin
+        if any(first <= begin and end <= stop for first, stop in self.proved):
+            data = self.place.read(begin, end - begin)
+            if data is None:
+                raise self._changed(begin // BLOCK_BYTES, -(-end // BLOCK_BYTES))
+            target[:] = data
+            return
         for first, stop, data in self._blocks(begin // BLOCK_BYTES, -(-end // BLOCK_BYTES)):
             if not np.array_equal(block_checksums(data), self.sums.blocks[first:stop]):
                 raise self._changed(first, stop)
@@ -136,7 +148,7 @@ class Restorer:
         """Reads the whole file, and whatever else it takes to give its damaged blocks back."""
         place = Place(self._storage, entry.key_in(self._name), self._name)
         sums = self._read_sums(entry)
-        state = FileState(entry, place, sums, has_good_sums=sums is not None)
+        state = FileState(entry, place, sums, has_good_sums=sums is not None, plan=self._plan(entry))
         trouble: StorageError | None = None
         scan: FileScan | None = None
         try:
@@ -156,6 +168,11 @@ class Restorer:
         if state.is_whole and not state.is_intact and not state.notes:
             state.notes.append(f"{entry.name} without what was added to it; every block of it is there")
         return state
+
+    def _plan(self, entry: FileEntry) -> ShardFilePlan | None:
+        """The file's layout by the index; None if a writer of another kind laid it out."""
+        index = self._index
+        return None if index is None else plan_of_file(index, entry.name, entry.size)
 
     # -- sums ----------------------------------------------------------------------------------------------------------
 
@@ -223,6 +240,28 @@ class Restorer:
         for segment in segments:
             held[segment.first : segment.stop] = True
         state.lost = _runs(~held)
+        state.proved = list(self._prove(state))
+
+    def _prove(self, state: FileState) -> Iterator[tuple[int, int]]:
+        """Chunks that touch a lost block and have their recorded fingerprint in place: the damage is in another one's bytes."""
+        sums, plan = state.sums, state.plan
+        if not state.lost or sums is None or plan is None or len(sums.fingerprints) != len(plan.tensors):
+            return
+        ranges = [(first * BLOCK_BYTES, stop * BLOCK_BYTES) for first, stop in state.lost]
+        for tensor, begin, expected in zip(plan.tensors, plan.begins, sums.fingerprints, strict=True):
+            end = begin + tensor.nbytes
+            if tensor.global_shape is None or not any(begin < stop and first < end for first, stop in ranges):
+                continue
+            runs = box_runs(tensor.global_shape, tensor.offsets, tensor.shape, DTYPES[tensor.dtype])
+            value = 0
+            for at in range(begin, end, PROVE_BYTES):
+                data = state.place.read(at, min(PROVE_BYTES, end - at))
+                if data is None:
+                    break
+                value ^= fold_box(memoryview(data), at - begin, runs)
+            else:
+                if value == expected:
+                    yield begin, end
 
     def _restore_group(self, state: FileState, first: int, stop: int) -> list[Segment]:
         assert state.sums is not None
@@ -282,12 +321,9 @@ class Restorer:
         index = self._index
         if index is None or state.entry.name not in index.files:
             return
-        number = index.files.index(state.entry.name)
-        located = index.located_chunks(number)
-        tensors = [ShardTensor(name, index.meta(name).dtype, chunk.sizes, chunk.offsets) for name, _, chunk in located]
-        header = plan_shard_file(state.entry.name, tensors).header
-        if begin < len(header):
-            yield 0, header[begin:end], "the layout index"
+        located = index.located_chunks(index.files.index(state.entry.name))
+        if state.plan is not None and begin < len(state.plan.header):
+            yield 0, state.plan.header[begin:end], "the layout index"
         for name, item_bytes, chunk in located:
             low = max(begin, chunk.begin)
             high = min(end, chunk.begin + int(np.prod(chunk.sizes, dtype=np.int64)) * item_bytes)
@@ -348,6 +384,21 @@ class Restorer:
                     return at, bytes(data)
             data[at] = right
         return None
+
+
+def plan_of_file(index: LayoutIndex, name: str, size: int) -> ShardFilePlan | None:
+    """How the index says that a shard file is laid out; None if it does not name it, or another writer laid it out otherwise."""
+    if name not in index.files:
+        return None
+    located = index.located_chunks(index.files.index(name))
+    tensors = []
+    for tensor, _, chunk in located:
+        meta = index.meta(tensor)
+        tensors.append(ShardTensor(tensor, meta.dtype, chunk.sizes, chunk.offsets, tuple(meta.shape)))
+    plan = plan_shard_file(name, tensors)
+    begins = {tensor: chunk.begin for tensor, _, chunk in located}
+    is_same = all(begins[tensor.name] == begin for tensor, begin in zip(plan.tensors, plan.begins, strict=True))
+    return plan if is_same and plan.size == size else None
 
 
 def _runs(mask: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from dckpt.resume.report import LoadResult, ResumeReport
     from dckpt.state.evaluating import evaluating
     from dckpt.state.progress import Batch, TrainProgress
+    from dckpt.state.rng_state import RngState, rng_slot
     from dckpt.state.train_state import TrainState
 
     Stop = StepAction.STOP
@@ -69,6 +70,7 @@ _HOMES = {
     "ResumePolicy": "dckpt.engine.resume_policy",
     "ResumeReport": "dckpt.resume.report",
     "Retention": "dckpt.catalog.retention",
+    "RngState": "dckpt.state.rng_state",
     "SampleIndex": "dckpt.data.seeding",
     "SampleRandom": "dckpt.data.seeding",
     "SeededDataset": "dckpt.data.seeding",
@@ -78,6 +80,7 @@ _HOMES = {
     "TrainState": "dckpt.state.train_state",
     "evaluating": "dckpt.state.evaluating",
     "fingerprint_files": "dckpt.data.fingerprint",
+    "rng_slot": "dckpt.state.rng_state",
     "seeded_sample": "dckpt.data.seeding",
     "split_indices": "dckpt.data.split",
     "CheckpointNotFoundError": "dckpt.errors",
@@ -134,6 +137,7 @@ __all__ = [
     "ResumeRejectedError",
     "ResumeReport",
     "Retention",
+    "RngState",
     "SampleIndex",
     "SampleRandom",
     "SaveNotFinishedError",
@@ -152,6 +156,7 @@ __all__ = [
     "__version__",
     "evaluating",
     "fingerprint_files",
+    "rng_slot",
     "seeded_sample",
     "split_indices",
 ]

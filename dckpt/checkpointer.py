@@ -36,7 +36,7 @@ from dckpt.engine.questions import is_anywhere
 from dckpt.engine.refusal import REFUSALS
 from dckpt.engine.resume_policy import ResumePolicy
 from dckpt.engine.reuse import REWRITE_EVERY
-from dckpt.engine.rng_restore import REMAPS_FACT, remap_of
+from dckpt.engine.rng_restore import note_streams
 from dckpt.engine.saver import Saver
 from dckpt.engine.signals import SignalWatch
 from dckpt.engine.worker import SaveThread
@@ -418,8 +418,7 @@ class Checkpointer:
             reason,
         )
         self._saver.committer.adopt(result.checkpoint, result.manifest.files)
-        if result.rng:
-            state.note_rng_remap(result.manifest.facts.get(REMAPS_FACT), remap_of(result, self._topology.world_size))
+        note_streams(state, result, self._topology.world_size)
         self._cadence.reset()
         self._is_over = False
         self._last = loaded_as_saved(state, loaded, is_resume=reason != "load")

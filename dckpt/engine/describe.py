@@ -10,7 +10,7 @@ from dckpt.engine.local_state import LocalState
 from dckpt.engine.rng_restore import REMAPS_FACT
 from dckpt.format.manifest import FileEntry, Manifest, Mesh
 from dckpt.planning.layout import Layout
-from dckpt.planning.streams import classify_streams
+from dckpt.planning.streams import SHARED_FACT, classify_streams
 from dckpt.planning.ticket import Ticket
 from dckpt.resume.facts import collect_facts, writer_versions
 from dckpt.state.train_state import TrainState
@@ -37,6 +37,8 @@ def describe_checkpoint(
     created, facts, metrics = time.time(), collect_facts(state), dict(request.metrics)
     if state.rng_remaps:
         facts[REMAPS_FACT] = state.rng_remaps
+    if state.rng_shared and len(tickets) == 1:
+        facts[SHARED_FACT] = list(state.rng_shared)
     rank_tensors, rank_values = tuple(sorted(layout.rank_tensors)), tuple(sorted(layout.rank_values))
 
     def build(files: tuple[FileEntry, ...]) -> Manifest:

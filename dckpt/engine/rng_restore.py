@@ -9,7 +9,7 @@ from typing import Any, Literal
 from dckpt.engine.saved_state import SavedState
 from dckpt.errors import IncompatibleStateError
 from dckpt.format.streams import EPOCH_PREFIX
-from dckpt.planning.streams import TOLD, RngAction, SavedStreams, plan_streams
+from dckpt.planning.streams import TOLD, RngAction, SavedStreams, plan_streams, shared_streams
 from dckpt.resume.report import LoadResult
 from dckpt.state.rng import available_streams, ensure_restorable
 from dckpt.state.train_state import TrainState
@@ -52,6 +52,7 @@ def plan_rng_streams(
         generation=saved.generation,
         step=saved.step or 0,
         is_same_mesh=saved.is_same_mesh,
+        known_shared=shared_streams(saved.world_size, saved.manifest.rng, saved.manifest.facts),
     )
     live = available_streams(state.generators)
     plan = plan_streams(streams, coordinates, [*live, *(f"{EPOCH_PREFIX}{stream}" for stream in live)])
@@ -70,7 +71,15 @@ def plan_rng_streams(
     return RngPlan(plan.states, {stream: TOLD[action] for stream, action in sorted(plan.actions.items())})
 
 
-def remap_of(result: LoadResult, world_size: int) -> dict[str, Any] | None:
+def note_streams(state: TrainState, result: LoadResult, world_size: int) -> None:
+    """Has the state remember, for its next manifests, what became of the streams in this load and those before."""
+    if result.rng:
+        manifest = result.manifest
+        shared = shared_streams(manifest.world_size, manifest.rng, manifest.facts)
+        state.note_rng(manifest.facts.get(REMAPS_FACT), _remap_of(result, world_size), shared)
+
+
+def _remap_of(result: LoadResult, world_size: int) -> dict[str, Any] | None:
     """The record of a resume in which streams did not come back exactly; None if all did, or none was loaded."""
     changed: dict[str, list[str]] = {}
     for stream, told in result.rng.items():

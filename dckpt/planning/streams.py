@@ -24,6 +24,19 @@ TOLD: dict[RngAction, str] = {
 RANK_AXIS = "rank"
 """The one axis when there is no mesh."""
 
+SHARED_FACT = "rng_shared"
+"""The fact of a manifest that one rank wrote: the streams that were equal on all ranks when more of them saved last."""
+
+
+def shared_streams(
+    world_size: int, axes: Mapping[str, Sequence[str]], facts: Mapping[str, JsonValue]
+) -> tuple[str, ...]:
+    """The streams that all ranks share, by a manifest's `rng` or, where one rank wrote it, by what it carries along."""
+    if world_size > 1:
+        return tuple(sorted(stream for stream, varying in axes.items() if not varying))
+    known = facts.get(SHARED_FACT)
+    return tuple(item for item in known if isinstance(item, str)) if isinstance(known, list) else ()
+
 
 def classify_streams(
     digests_per_rank: Sequence[Mapping[str, str]], coordinates: Sequence[Mapping[str, int]] | None = None
@@ -89,7 +102,8 @@ class SavedStreams:
     """What a checkpoint says of its streams to one rank that continues it.
 
     axes: stream -> mesh axes over which it varied. records: the states of the saving rank that stood at this rank's place;
-    on another mesh those of rank 0. The rest is the manifest's.
+    on another mesh those of rank 0. known_shared: streams that were equal on all ranks when more than one rank saved last, of a
+    run that one rank saved. The rest is the manifest's.
     """
 
     axes: Mapping[str, tuple[str, ...]]
@@ -98,6 +112,7 @@ class SavedStreams:
     generation: int
     step: int
     is_same_mesh: bool
+    known_shared: Collection[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,12 +128,12 @@ def plan_streams(
 ) -> StreamPlan:
     """The streams of the rank at `coordinates` of its mesh. `available`: those that it can set, None for all.
 
-    A run that was saved by one rank cannot tell streams that ranks share from streams that they do not: on more ranks
-    all of them are re-derived, because equal dropout masks on all ranks would be the worse mistake.
+    A run that was saved by one rank cannot tell streams that ranks share from streams that they do not, unless more ranks saved
+    it before: on more ranks all others are re-derived, because equal dropout masks on all ranks would be the worse mistake.
     """
     axes = dict(saved.axes)
     if saved.world_size == 1 and not saved.is_same_mesh:
-        axes = {stream: tuple(coordinates) for stream in axes}
+        axes = {stream: () if stream in saved.known_shared else tuple(coordinates) for stream in axes}
     wanted = tuple(axes) if available is None else available
     actions = plan_rng(axes, same_mesh=saved.is_same_mesh, available=wanted)
     states: dict[str, JsonValue] = {}

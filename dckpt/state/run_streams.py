@@ -15,12 +15,16 @@ REMAPS_MAX = 64
 
 
 class RunStreams:
-    """`generators`: those of the run, beside the global streams. `remaps`: one record a resume that changed streams."""
+    """`generators`: those of the run, beside the global streams. `remaps`: one record a resume that changed streams.
+
+    `shared`: the streams that were equal on all ranks when more than one rank saved the run last.
+    """
 
     def __init__(self, generators: Mapping[str, Any]) -> None:
         self._generators = generators
         self._epoch_start: tuple[int, Mapping[str, JsonValue]] | None = None
         self.remaps: list[dict[str, Any]] = []
+        self.shared: tuple[str, ...] = ()
 
     def epoch_start(self, epoch: int) -> dict[str, JsonValue]:
         """The streams at the start of the epoch under their names in a checkpoint; nothing if they were not kept."""
@@ -56,7 +60,8 @@ class RunStreams:
         )
         self._epoch_start = (epoch, start) if start else None
 
-    def note(self, earlier: Any, remap: dict[str, Any] | None) -> None:
+    def note(self, earlier: Any, remap: dict[str, Any] | None, shared: tuple[str, ...]) -> None:
         """Takes over what a checkpoint says of earlier resumes, and adds this one if it changed streams."""
+        self.shared = shared
         known = [item for item in earlier if isinstance(item, dict)] if isinstance(earlier, list) else []
         self.remaps = [*known, *([] if remap is None else [remap])][-REMAPS_MAX:]

@@ -197,9 +197,14 @@ class TrainState:
         """One record a resume that did not give every random stream back exactly, oldest first; saved as a fact."""
         return list(self._streams.remaps)
 
-    def note_rng_remap(self, earlier: Any, remap: dict[str, Any] | None) -> None:
-        """Take over a checkpoint's `rng_remaps`, and add what this load did to the streams, if it did anything."""
-        self._streams.note(earlier, remap)
+    @property
+    def rng_shared(self) -> tuple[str, ...]:
+        """The random streams that were equal on all ranks when more than one rank saved this run last."""
+        return self._streams.shared
+
+    def note_rng(self, earlier: Any, remap: dict[str, Any] | None, shared: tuple[str, ...]) -> None:
+        """Take over a checkpoint's `rng_remaps` and `rng_shared`, and add what this load did to the streams, if anything."""
+        self._streams.note(earlier, remap, shared)
 
     def restore_rng(self, streams: Mapping[str, JsonValue]) -> None:
         """Set the streams given, and those of the epoch's start for `epoch_start_rng`."""

@@ -19,7 +19,7 @@ from dckpt.format.values import JsonValue, dump_json, load_json
 from dckpt.planning.mesh import NamedMesh, choose_mesh, saved_mesh
 from dckpt.planning.records import RECORD_BYTES_MAX, RNG, values_record_name
 from dckpt.planning.reshard import Reshard, carried_values, ensure_expressible, plan_reshard
-from dckpt.planning.streams import TOLD, SavedStreams, StreamPlan, classify_streams, plan_streams
+from dckpt.planning.streams import TOLD, SavedStreams, StreamPlan, classify_streams, plan_streams, shared_streams
 from dckpt.storage.base import Storage
 from dckpt.tools.destination import Destination
 from dckpt.tools.target import open_target
@@ -63,6 +63,7 @@ class NewStreams:
             generation=manifest.generation,
             step=manifest.step or 0,
             is_same_mesh=False,
+            known_shared=shared_streams(manifest.world_size, manifest.rng, manifest.facts),
         )
 
     def plan(self, rank: int) -> StreamPlan:

@@ -11,6 +11,7 @@ from dckpt.blocks.read import ByteTally
 from dckpt.catalog.catalog import Catalog
 from dckpt.catalog.generations import list_generations, read_generation
 from dckpt.dcp.read import CheckpointFiles
+from dckpt.engine.fingerprints import SharedSums
 from dckpt.engine.heads import Heads
 from dckpt.engine.load_peers import LoadPeers
 from dckpt.engine.refusal import REFUSALS, encode_refusal, raise_refusals
@@ -34,6 +35,7 @@ from dckpt.planning.records import RNG
 from dckpt.ranks.coordination import Coordination
 from dckpt.ranks.session import Session
 from dckpt.ranks.topology import Topology
+from dckpt.resume.fingerprints import SavedFingerprints
 from dckpt.resume.report import LoadResult
 from dckpt.state.records import RestorePlan
 from dckpt.state.train_state import TrainState
@@ -80,6 +82,7 @@ class _Candidate:
     wanted: Wanted
     files: CheckpointFiles = field(repr=False)
     reads: ReadPlan | None = None
+    fingerprints: SavedFingerprints | None = None
 
 
 class Loader:
@@ -242,6 +245,7 @@ class Loader:
             continued_micro_step=candidate.plan.micro_step,
             carried_from_rank_0=saved.carried_tensors(),
             bytes_read=candidate.files.tally.total,
+            fingerprints=candidate.fingerprints,
         )
 
     def _open(
@@ -335,9 +339,12 @@ class Loader:
                 candidate.files.read_boxes(reads.direct, on_bytes)
             wanted = {saved.stored_name(name) for name, _ in candidate.plan.reads}
             world, rank = self._topology.world_size, self._topology.rank
+            sums = SharedSums(saved, candidate.plan)
             for number in range(rank, len(saved.index.files), world):
                 # Per-rank records are read by one rank only, so they count as unread for everybody's share.
                 candidate.files.verify_rest(number, lambda n: n in wanted and not n.startswith(RECORD_PREFIX), on_bytes)
+                sums.add(number, candidate.files.open(number))
+            candidate.fingerprints = sums.result()
         except Exception as error:  # noqa: BLE001 - it travels to all ranks, which raise it together
             return error
         return None

@@ -7,6 +7,7 @@ from typing import Any
 
 from dckpt.findings import Finding
 from dckpt.format.manifest import Manifest
+from dckpt.resume.fingerprints import SavedFingerprints
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +17,7 @@ class LoadResult:
     continued_micro_step: micro-batches of the running step that are in the restored gradients, as this run counts them; where it
     is 0 and `micro_step` is not, they were dropped or never stored, and the step begins again.
     bytes_read: what this rank read for it, from the page cache or the medium: shard files, their checksums, the index. The
-    manifest is left out. Differs by rank.
+    manifest is left out. Differs by rank. fingerprints: this rank's share of those of the loaded tensors.
     """
 
     checkpoint: str
@@ -32,6 +33,7 @@ class LoadResult:
     carried_from_rank_0: tuple[str, ...] = ()  # tensors that differed by rank and could not be kept so
     continued_micro_step: int = 0
     bytes_read: int = 0
+    fingerprints: SavedFingerprints | None = field(default=None, repr=False, compare=False)
 
     def __str__(self) -> str:
         return f"{self.checkpoint}: step {self.step}, parts: {', '.join(self.parts) or 'none'}"

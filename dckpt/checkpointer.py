@@ -17,10 +17,10 @@ from dckpt.catalog.catalog import Catalog
 from dckpt.catalog.retention import Retention
 from dckpt.catalog.rollback import plan_rollback, roll_back
 from dckpt.engine.arguments import (
+    announce_new_run,
     ensure_choice,
     ensure_count,
     ensure_kind,
-    neighbouring_runs,
     place_of_run,
     plain_metrics,
 )
@@ -29,6 +29,7 @@ from dckpt.engine.failure_policy import FailurePolicy
 from dckpt.engine.job import SaveJob, SaveRequest
 from dckpt.engine.keeper import Keeper
 from dckpt.engine.last_save import LastSave, last_save, loaded_as_saved
+from dckpt.engine.legs import NewLeg, begin_leg, ensure_able, ensure_restartable, nothing_to_continue, saved_as
 from dckpt.engine.loader import Loaded, Loader, LoadOptions
 from dckpt.engine.overlap import StepGate
 from dckpt.engine.pending import PendingSave
@@ -136,6 +137,7 @@ class Checkpointer:
         self._skip_when_busy = when_busy == "skip"
         self._is_warmed = False
         self._is_over = False
+        self._is_joined = False  # the live state is the run's: it was loaded or saved here, or begins the run
         self._in_flight: PendingSave | None = None
         self._job: SaveJob | None = None
         self._last: LastSave | None = None
@@ -288,7 +290,7 @@ class Checkpointer:
     def _start(self, state: TrainState, request: SaveRequest, pending: PendingSave, started: float) -> None:
         before = self._last
         self._last = last_save(state, request, pending)
-        self._in_flight = pending
+        self._in_flight, self._is_joined = pending, True
         try:
             self._saver.start(state, request, pending, self._hand_over, started_s=started)
         except REFUSALS:
@@ -347,19 +349,24 @@ class Checkpointer:
         state that does not fit are raised, and so is a run in which every candidate is damaged.
         """
         chosen = policy or ResumePolicy()
-        loaded = self._load(
-            state,
-            lambda catalog: catalog.line(),
-            LoadOptions(walk_back=chosen.walk_back, is_resume=True, gradients=chosen.gradients, rng=chosen.rng),
-            call="resume(state)",
-        )
+        options = LoadOptions(walk_back=chosen.walk_back, is_resume=True, gradients=chosen.gradients, rng=chosen.rng)
+        loaded = self._resume(state, options, call="resume(state)")
         if loaded is None:
             self._saver.lineage.start_fresh(self._loader.observed_generation)
-            self._announce_new_run()
+            self._is_joined = True
+            if self._topology.is_coordinator:
+                announce_new_run(self._storage.locate(""), self._loader.observed_generation)
             return None
-        reason: Literal["resume", "walk-back"] = "walk-back" if loaded.result.damaged else "resume"
-        self._adopt(state, loaded, reason)
-        report = self.validate(state, loaded.result)
+        return self._tell(state, loaded.result)
+
+    def _resume(self, state: TrainState, options: LoadOptions, *, call: str) -> Loaded | None:
+        loaded = self._load(state, lambda catalog: catalog.line(), options, call=call)
+        if loaded is not None:
+            self._adopt(state, loaded, "walk-back" if loaded.result.damaged else "resume")
+        return loaded
+
+    def _tell(self, state: TrainState, loaded: LoadResult) -> ResumeReport:
+        report = self.validate(state, loaded)
         if self._topology.is_coordinator:
             log.info("%s", report.summary())
             for finding in report.findings:
@@ -367,6 +374,42 @@ class Checkpointer:
         # A run that is finished already is not trained past its end.
         self._is_over = state.progress is not None and state.progress.done
         return report
+
+    def start_leg(
+        self, state: TrainState, scheduler: Literal["keep", "fresh"] = "keep", *, name: str | None = None
+    ) -> bool:
+        """Begins a new leg of the run, usually on other data; call it in place of `resume`, or after it, `load` or training.
+
+        Weights, moments, RNG and, with "keep", the schedule go on; "fresh" begins the schedule as it was built before the
+        load. The leg's counters in `state.progress` begin at zero (`max_steps` is the leg's), its life-long `step` goes on
+        naming checkpoints; samplers begin at epoch 0, sample 0. The first save begins a generation that names the
+        checkpoint before it; retention keeps that one, the end of the leg before.
+
+        name: makes the call safe to repeat, as in a job that is started again: if the newest checkpoint belongs to the leg of
+        this name, the run is resumed inside of it. True if a leg has begun, False if it was resumed.
+        """
+        leg = NewLeg(name, scheduler)
+        progress = ensure_able(state, leg)
+        if self._is_joined:
+            if not leg.follows([each.name for each in progress.legs], progress.micro_step):
+                return False
+            ensure_restartable(state)
+            if not progress.step:
+                raise nothing_to_continue(self._storage.locate(""))
+            end = saved_as(self.save(state, blocking=True))
+        else:
+            loaded = self._resume(state, LoadOptions(walk_back=True, is_resume=True, leg=leg), call="start_leg(state)")
+            if loaded is None:
+                raise nothing_to_continue(self._storage.locate(""))
+            if not loaded.result.begins_leg:
+                self._tell(state, loaded.result)
+                return False
+            end = loaded.identity
+        begin_leg(state, progress, leg, end, is_told=self._topology.is_coordinator)
+        self._saver.lineage.begin_leg(end)
+        self._cadence.reset()
+        self._is_over, self._last = False, None
+        return True
 
     def load(
         self,
@@ -420,21 +463,8 @@ class Checkpointer:
         self._saver.committer.adopt(result.checkpoint, result.manifest.files)
         note_streams(state, result, self._topology.world_size)
         self._cadence.reset()
-        self._is_over = False
+        self._is_over, self._is_joined = False, True
         self._last = loaded_as_saved(state, loaded, is_resume=reason != "load")
-
-    def _announce_new_run(self) -> None:
-        if not self._topology.is_coordinator:
-            return
-        place = self._storage.locate("")
-        log.warning("no checkpoint in %s: starting a new run from step 0", place)
-        if self._loader.observed_generation:
-            log.warning(
-                "an earlier start of this run (generation %d) ended before its first commit",
-                self._loader.observed_generation,
-            )
-        for name in neighbouring_runs(place):
-            log.warning("a run with checkpoints lies beside it: %s (is the root mistyped?)", name)
 
     # -- the run -------------------------------------------------------------------------------------------------------
 

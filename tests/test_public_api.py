@@ -55,6 +55,7 @@ PARAMETERS = {
     "Checkpointer.save": ("state", "step", "metrics", "blocking", "gradients"),
     "Checkpointer.resume": ("state", "policy"),
     "Checkpointer.load": ("state", "step", "parts", "allow_missing", "allow_unexpected", "cast"),
+    "Checkpointer.start_leg": ("state", "scheduler", "name"),
     "Checkpointer.validate": ("state", "loaded"),
     "Checkpointer.steps": (),
     "Checkpointer.pin": ("step",),

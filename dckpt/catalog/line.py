@@ -12,11 +12,15 @@ from dckpt.format.layout import CheckpointId
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """`on_line` newest first, `superseded` ascending. `notes` say where the lineage could not be followed."""
+    """`on_line` newest first, `superseded` ascending. `notes` say where the lineage could not be followed.
+
+    leg_ends: checkpoints of the line, newest first, after which a new leg began; whether or not they are still there.
+    """
 
     on_line: tuple[CheckpointId, ...]
     superseded: tuple[CheckpointId, ...]
     notes: tuple[str, ...]
+    leg_ends: tuple[CheckpointId, ...] = ()
 
 
 def trace_line(checkpoints: Collection[CheckpointId], newest: int, read_record: Callable[[int], Generation]) -> Line:
@@ -28,11 +32,12 @@ def trace_line(checkpoints: Collection[CheckpointId], newest: int, read_record: 
     """
     on_line: list[CheckpointId] = []
     notes: list[str] = []
+    leg_ends: list[CheckpointId] = []
     number, bound = newest, None
     while number > 0:
         on_line += _of_generation(checkpoints, number, bound)
         try:
-            parent = read_record(number).parent
+            record = read_record(number)
         except (StorageMissingError, CorruptCheckpointError, FormatVersionError) as error:
             if not any(item.generation < number for item in checkpoints):
                 if not isinstance(error, StorageMissingError):
@@ -45,13 +50,16 @@ def trace_line(checkpoints: Collection[CheckpointId], newest: int, read_record: 
                 "superseded; load one by its full name."
             )
             break
+        parent = record.parent
         if parent is None:
             break
+        if record.reason == "leg":
+            leg_ends.append(parent.id)
         assert parent.generation < number, "parse_generation refuses a parent that is not older"
         number, bound = parent.generation, (parent.step, parent.micro_step)
     chosen = set(on_line)
     superseded = tuple(sorted(item for item in checkpoints if item not in chosen))
-    return Line(on_line=tuple(on_line), superseded=superseded, notes=tuple(notes))
+    return Line(on_line=tuple(on_line), superseded=superseded, notes=tuple(notes), leg_ends=tuple(leg_ends))
 
 
 def _of_generation(

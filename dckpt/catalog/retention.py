@@ -31,8 +31,9 @@ class Best:
 
 @dataclass(frozen=True, slots=True)
 class Retention:
-    """A checkpoint stays if any rule keeps it; without rules all do. The newest and pinned ones always stay, and one in which
-    unchanged files of another lie (only where the storage has no hard links) for as long as that one does.
+    """A checkpoint stays if any rule keeps it; without rules all do. The newest, pinned ones and the end of each earlier leg
+    always stay, and one in which unchanged files of another lie (only where the storage has no hard links) for as long as
+    that one does.
 
     Applies to the current line only: superseded checkpoints are never expired by it.
     """
@@ -63,6 +64,8 @@ class Candidate:
     is_pinned: bool
     created_unix_s: float
     """0 where it is not known: such a one is of no day."""
+    is_leg_end: bool = False
+    """A new leg began after it: the way back to the leg before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +99,8 @@ def plan_retention(line: Sequence[Candidate], policy: Retention) -> RetentionPla
     for position, candidate in enumerate(line):
         if candidate.is_pinned:
             reasons[position].append("pinned")
+        if candidate.is_leg_end:
+            reasons[position].append("end of a leg")
     rules = _rules(line, policy)
     for rule in rules:
         for position in rule.kept:

@@ -43,8 +43,8 @@ class ProgressLike(Protocol):
     batch: Any
     micro_step: int
 
-    def draw_from(self, source: Any) -> None:
-        """From now on each `advance` moves the source by one step."""
+    def draw_from(self, *sources: Any) -> None:
+        """From now on each `advance` moves the sources by one step."""
 
 
 class ElasticDistributedSampler(Sampler[int]):
@@ -156,7 +156,10 @@ class ElasticDistributedSampler(Sampler[int]):
         self._finished = 0
 
     def follow_progress(self, progress: ProgressLike) -> None:
-        """From now on `progress.advance()` moves this sampler. `TrainState` calls it; repeating it changes nothing."""
+        """This sampler is drawn from by `progress`, whose micro-step counts. `TrainState` calls it, and links the other way.
+
+        `ConfigError` if the progress is of another kind, or has another batch.
+        """
         if not callable(getattr(progress, "draw_from", None)):
             raise ConfigError(
                 f"TrainState(data=): an ElasticDistributedSampler is moved by a TrainProgress, found progress of type "
@@ -167,7 +170,6 @@ class ElasticDistributedSampler(Sampler[int]):
                 f"TrainState: expected one batch, found {progress.batch} in the progress and micro={self._micro}, "
                 f"accumulation={self._accumulation}, data_parallel={self._ranks} in the sampler. Give both the same dckpt.Batch"
             )
-        progress.draw_from(self)
         self._progress = progress
 
     # The indices.
@@ -252,8 +254,12 @@ class ElasticDistributedSampler(Sampler[int]):
         }
 
     def facts(self) -> dict[str, Any]:
-        """What a resume compares: `state_dict` and n_eff, how many samples of this epoch are trained on in all."""
-        return {**self.state_dict(), "n_eff": self._place.effective(self._step, self._tail)}
+        """What a resume compares: `state_dict` and n_eff, how many samples of this epoch are trained on in all.
+
+        The data set's fingerprint is called `dataset` here.
+        """
+        facts = {**self.state_dict(), "n_eff": self._place.effective(self._step, self._tail)}
+        return {"dataset" if name == "dataset_fingerprint" else name: value for name, value in facts.items()}
 
     def differences(self, state_dict: dict[str, Any]) -> list[str]:
         """Why the saved position means nothing in this sampler's order, one sentence each; empty if it fits."""

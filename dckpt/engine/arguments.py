@@ -54,6 +54,15 @@ def ensure_choice(name: str, found: str, choices: tuple[str, ...], *, of: str = 
         raise ConfigError(f"{of}({name}=): expected one of {', '.join(choices)}, found {found!r}.")
 
 
+def announce_new_run(place: str, observed_generation: int) -> None:
+    """Logs that nothing is resumed, and what may be the reason: an earlier start that died, or a mistyped root."""
+    log.warning("no checkpoint in %s: starting a new run from step 0", place)
+    if observed_generation:
+        log.warning("an earlier start of this run (generation %d) ended before its first commit", observed_generation)
+    for name in neighbouring_runs(place):
+        log.warning("a run with checkpoints lies beside it: %s (is the root mistyped?)", name)
+
+
 def neighbouring_runs(place: str) -> list[str]:
     """Up to three runs beside `place` with a similar name; only looked for when nothing was found."""
     parent = os.path.dirname(place.rstrip("/"))

@@ -36,14 +36,23 @@ class Keeper:
 
     def _apply(self, committed: str) -> int:
         catalog = Catalog(self._storage)
-        line = catalog.line()
+        traced = catalog.trace()
+        line = traced.on_line
         if self._policy == Retention():
             return len(line)
         pins = catalog.pins()
         candidates = []
         for item in line:
             metrics, created = self._facts(catalog, item.name)
-            candidates.append(Candidate(id=item, metrics=metrics, is_pinned=item.name in pins, created_unix_s=created))
+            candidates.append(
+                Candidate(
+                    id=item,
+                    metrics=metrics,
+                    is_pinned=item.name in pins,
+                    created_unix_s=created,
+                    is_leg_end=item in traced.leg_ends,
+                )
+            )
         best = self._policy.best
         if best is not None and not any(best.metric in candidate.metrics for candidate in candidates):
             log.warning(

@@ -26,7 +26,7 @@ class Lineage:
         self._storage = storage
         self._clock = clock
         self._observed: int | None = None
-        self._parent: Parent | None = None
+        self._parent: Parent | CheckpointId | None = None
         self._reason: Reason = "start"
         self._run_id = uuid.uuid4().hex
         self._unfinished: Generation | None = None
@@ -53,6 +53,14 @@ class Lineage:
         self._run_id = run_id or self._run_id
         self._unfinished = None
         self.generation = None
+
+    def begin_leg(self, end: CheckpointId) -> None:
+        """The next commit begins a new leg. `end`: the checkpoint that this process loaded or committed last."""
+        self._reason = "leg"
+        if self.generation is not None:
+            # Committed by this process: the newest generation is its own, and the parent's digest is read when it is needed.
+            self._observed, self._parent, self._unfinished = self.generation, end, None
+            self.generation = None
 
     def start_fresh(self, observed: int) -> None:
         """Nothing to resume was found: the first commit starts the run."""
@@ -86,6 +94,8 @@ class Lineage:
         if self._parent is None and self._observed:
             # An earlier start died before its first commit: the same run, and `verify` looks for a single id.
             self._run_id = read_generation(self._storage, self._observed).run_id
+        if isinstance(self._parent, CheckpointId):
+            self._parent = self._pinned_down(self._parent)
         self._unfinished = Generation(
             number=number,
             run_id=self._run_id,
@@ -96,6 +106,10 @@ class Lineage:
             nonce=uuid.uuid4().hex,
         )
         return self._unfinished
+
+    def _pinned_down(self, parent: CheckpointId) -> Parent:
+        _, sha256 = Catalog(self._storage).read_manifest(parent.name)
+        return Parent(parent.name, parent.step, parent.micro_step, parent.generation, sha256)
 
     def _ensure_empty(self, newest: int) -> None:
         found = Catalog(self._storage).checkpoints()

@@ -13,6 +13,7 @@ from dckpt.catalog.generations import list_generations, read_generation
 from dckpt.dcp.read import CheckpointFiles
 from dckpt.engine.fingerprints import SharedSums
 from dckpt.engine.heads import Heads
+from dckpt.engine.legs import DATA, NewLeg
 from dckpt.engine.load_peers import LoadPeers
 from dckpt.engine.refusal import REFUSALS, encode_refusal, raise_refusals
 from dckpt.engine.rng_restore import RngPlan, RngPolicy, plan_rng_streams
@@ -30,7 +31,7 @@ from dckpt.errors import (
 )
 from dckpt.format.layout import CheckpointId
 from dckpt.format.manifest import Manifest
-from dckpt.format.values import dump_json, load_json
+from dckpt.format.values import decode_value, dump_json, load_json
 from dckpt.planning.records import RNG
 from dckpt.ranks.coordination import Coordination
 from dckpt.ranks.session import Session
@@ -59,6 +60,9 @@ class LoadOptions:
     rng: RngPolicy = "derive"
     walk_back: bool = False
     is_resume: bool = False  # training goes on: a part that it would silently start without is a difference
+    leg: NewLeg | None = (
+        None  # if it begins after this checkpoint, the position in the data of the leg before is left out
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +85,7 @@ class _Candidate:
     rng: RngPlan
     wanted: Wanted
     files: CheckpointFiles = field(repr=False)
+    begins_leg: bool = False
     reads: ReadPlan | None = None
     fingerprints: SavedFingerprints | None = None
 
@@ -244,6 +249,7 @@ class Loader:
             rng=candidate.rng.told,
             continued_micro_step=candidate.plan.micro_step,
             carried_from_rank_0=saved.carried_tensors(),
+            begins_leg=candidate.begins_leg,
             bytes_read=candidate.files.tally.total,
             fingerprints=candidate.fingerprints,
         )
@@ -262,16 +268,17 @@ class Loader:
                 files,
                 source_rank=self._source_rank(state, manifest),
             )
+            begins_leg = options.leg is not None and options.leg.follows_saved(_saved_progress(saved))
             plan = state.plan_restore(
                 saved,
-                parts=options.parts,
+                parts=[part for part in state.parts if part != DATA] if begins_leg else options.parts,
                 allow_missing=options.allow_missing,
                 allow_unexpected=options.allow_unexpected,
                 cast=options.cast,
                 gradients=options.gradients,
             )
             rng = self._plan_rng(state, saved, options)
-            return _Candidate(number, name, saved, plan, rng, describe_wanted(saved, plan), files), None
+            return _Candidate(number, name, saved, plan, rng, describe_wanted(saved, plan), files, begins_leg), None
         except Exception as error:  # noqa: BLE001 - it travels to all ranks, which raise it together
             return None, error
 
@@ -392,13 +399,18 @@ def _corrupt(record: dict[str, Any]) -> CorruptCheckpointError:
     return error
 
 
+def _saved_progress(saved: SavedState) -> Any:
+    record = saved.values().get("progress")
+    return None if record is None else decode_value(record, key="manifest.json", path="progress")
+
+
 def _fit_payload(candidate: _Candidate | None, options: LoadOptions) -> dict[str, Any]:
     if candidate is None:
         return {}
     left_out = [
         f"{part}: in the checkpoint, but this TrainState has none, and training would go on as if it were new"
         for part in (candidate.plan.skipped_parts if options.is_resume else ())
-        if part in TRAINING_PARTS
+        if part in TRAINING_PARTS and not (candidate.begins_leg and part == DATA)
     ]
     wanted = frozenset(part for part in candidate.saved.parts if part not in candidate.plan.skipped_parts)
     differences = [*candidate.plan.differences, *left_out, *candidate.saved.refusals(wanted)]

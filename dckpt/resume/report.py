@@ -16,6 +16,7 @@ class LoadResult:
 
     continued_micro_step: micro-batches of the running step that are in the restored gradients, as this run counts them; where it
     is 0 and `micro_step` is not, they were dropped or never stored, and the step begins again.
+    begins_leg: loaded to begin a new leg: the position in the data was left out on purpose.
     bytes_read: what this rank read for it, from the page cache or the medium: shard files, their checksums, the index. The
     manifest is left out. Differs by rank. fingerprints: this rank's share of those of the loaded tensors.
     """
@@ -32,6 +33,7 @@ class LoadResult:
     damaged: tuple[str, ...] = ()  # checkpoints passed over because of confirmed corruption, newest first
     carried_from_rank_0: tuple[str, ...] = ()  # tensors that differed by rank and could not be kept so
     continued_micro_step: int = 0
+    begins_leg: bool = False
     bytes_read: int = 0
     fingerprints: SavedFingerprints | None = field(default=None, repr=False, compare=False)
 

@@ -87,6 +87,7 @@ def _check_parts(loaded: LoadResult) -> list[Finding]:
             message=f"the checkpoint holds part {part}, which this TrainState does not have; it was skipped.",
         )
         for part in loaded.skipped_parts
+        if not (loaded.begins_leg and part == "data")
         if part != GRADIENTS
     ]
 

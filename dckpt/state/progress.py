@@ -106,14 +106,14 @@ class TrainProgress:
 
     # What moves it.
 
-    def draw_from(self, source: SampleSource) -> None:
-        """From now on `advance` also moves this sampler, which then says how many samples a step has and when an epoch ends.
+    def draw_from(self, *sources: SampleSource) -> None:
+        """From now on `advance` moves these samplers and no others; they say how many samples a step has.
 
-        `TrainState(data=sampler, progress=progress)` calls it. Of several samplers every one is moved by each step, and the
-        first one counts the epochs.
+        `TrainState(data=sampler, progress=progress)` calls it. Every one is moved by each step, and the first one counts the
+        epochs.
         """
-        if not any(known is source for known in self._sources):
-            self._sources.append(source)
+        self.epoch = self.epoch  # what the samplers until now finished is counted; these begin to count now
+        self._sources = list(sources)
 
     def advance(self, loss: Any = None, samples: int | None = None) -> None:
         """One more optimizer step. A tensor loss is kept as it is, without waiting for the device.
@@ -353,6 +353,16 @@ def accumulation_of(record: Any) -> tuple[int, tuple[int, ...] | None] | None:
     if batch is not None and not is_batch:
         raise _damaged("batch", "three ints of at least 1, or nothing", batch)
     return _counter(state, "micro_step"), None if batch is None else tuple(batch)
+
+
+def saved_legs(record: Any) -> tuple[list[str | None], int] | None:
+    """(names of the legs, micro_step) of a saved record of a `TrainProgress`; None if it is a record of something else."""
+    found = accumulation_of(record)
+    if found is None:
+        return None
+    state = record["state"]
+    counters = {name: _counter(state, name) for name in ("step", "epoch", "samples")}
+    return [leg.name for leg in _legs(state, counters)], found[0]
 
 
 def _kept_loss(loss: Any) -> torch.Tensor | float | None:

@@ -26,6 +26,7 @@ from dckpt.state.progress import TrainProgress, accumulation_of, batch_of
 from dckpt.state.records import Captured, Cast, CheckpointView, RestorePlan
 from dckpt.state.rng import capture_rng
 from dckpt.state.run_streams import RunStreams
+from dckpt.state.schedule import BuiltSchedule
 
 # Restored together or not at all: a schedule that was built on other learning rates stays wrong for good.
 _MATCHED_SET = ("optim", "scheduler", "scaler")
@@ -110,6 +111,7 @@ class TrainState:
         if mesh is not None and not isinstance(mesh, DeviceMesh):
             raise ConfigError(f"mesh: expected a torch DeviceMesh, found {type(mesh).__name__}")
         self._streams = RunStreams(self.generators)
+        self.built_schedule = BuiltSchedule(scheduler, tuple(self._optimizers.values()))
         self._counter = _StepCounter()
         for found in self._optimizers.values():
             self._counter.attach(found)
@@ -444,10 +446,13 @@ def _ensure_stateful(obj: Any, *, what: str) -> None:
 
 def _link_data(data: Any, progress: Any) -> None:
     """Samplers that want it are moved by the progress from now on; see `ElasticDistributedSampler.follow_progress`."""
-    for item in data.values() if isinstance(data, Mapping) else (data,):
-        follow = getattr(item, "follow_progress", None)
-        if callable(follow) and progress is not None:
-            follow(progress)
+    items = data.values() if isinstance(data, Mapping) else (data,)
+    followers = [item for item in items if callable(getattr(item, "follow_progress", None))]
+    if progress is None or not followers:
+        return
+    for item in followers:
+        item.follow_progress(progress)
+    progress.draw_from(*followers)
 
 
 def _not_stateful(obj: Any, what: str) -> str:

@@ -33,7 +33,7 @@ class CheckpointRow:
     """Bytes of its size that an earlier checkpoint of the run has too: unchanged files that are stored once."""
     world_size: int | None
     states: tuple[str, ...]
-    """Of: latest, on the line, superseded, pinned, damaged manifest."""
+    """Of: latest, on the line, superseded, end of leg N, pinned, damaged manifest."""
     metrics: Mapping[str, float]
     damage: str | None
 
@@ -86,17 +86,19 @@ def list_run(storage: Storage, *, now_unix_s: float) -> RunListing:
     notes: tuple[str, ...] = ()
     latest: CheckpointId | None = None
     on_line: Collection[CheckpointId] | None = None
+    leg_ends: dict[CheckpointId, int] = {}
     try:
         line = trace_line(checkpoints, newest, lambda number: _remember(records, read_generation(storage, number)))
         notes, on_line = line.notes, frozenset(line.on_line)
         latest = line.on_line[0] if line.on_line else None
+        leg_ends = {end: number for number, end in enumerate(reversed(line.leg_ends), start=1)}
     except _ReadError as error:
         notes = (str(error),)
     heads = read_heads(storage, checkpoints)
     copies = copies_of(heads)
     shared = shared_bytes(copies)
     rows = tuple(
-        _row(checkpoint, heads[checkpoint.name], shared, place_in_line(checkpoint, latest, on_line, pins))
+        _row(checkpoint, heads[checkpoint.name], shared, place_in_line(checkpoint, latest, on_line, pins, leg_ends))
         for checkpoint in reversed(checkpoints)
     )
     return RunListing(
@@ -126,12 +128,18 @@ def place_in_line(
     latest: CheckpointId | None,
     line: Collection[CheckpointId] | None,
     pins: Collection[str],
+    leg_ends: Mapping[CheckpointId, int] | None = None,
 ) -> list[str]:
-    """A checkpoint's states, its manifest not looked at; `line` is None when it cannot be followed."""
+    """A checkpoint's states, its manifest not looked at; `line` is None when it cannot be followed.
+
+    leg_ends: checkpoint -> number of the leg that it ended.
+    """
     states = []
     if line is not None:
         on_line = "latest" if checkpoint == latest else "on the line"
         states.append(on_line if checkpoint in line else "superseded")
+    if leg_ends and checkpoint in leg_ends:
+        states.append(f"end of leg {leg_ends[checkpoint]}")
     if checkpoint.name in pins:
         states.append("pinned")
     return states

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from dckpt.catalog.catalog import Catalog
+from dckpt.catalog.line import Line
 from dckpt.catalog.prune import expire, sweep
 from dckpt.catalog.references import References, plan_deletion
 from dckpt.catalog.retention import Candidate, Retention, plan_retention
 from dckpt.errors import CorruptCheckpointError
-from dckpt.format.layout import CheckpointId
 from dckpt.storage.base import Storage
 from dckpt.tools.inspect import LeftoverRow, list_leftovers
 from dckpt.tools.manifest_head import ManifestHead, ReadError, copies_of, read_heads
@@ -81,7 +81,7 @@ def plan_prune(storage: Storage, request: PruneRequest, *, now_unix_s: float) ->
         )
     pins = catalog.pins()
     heads = read_heads(storage, [*traced.on_line, *traced.superseded])
-    keep, going = _plan_line(heads, traced.on_line, pins, request.retention)
+    keep, going = _plan_line(heads, traced, pins, request.retention)
     for checkpoint in reversed(traced.superseded):
         if checkpoint.name in pins:
             keep.append(KeepRow(checkpoint.name, ("pinned", "superseded")))
@@ -114,14 +114,14 @@ def apply_prune(storage: Storage, plan: PrunePlan) -> int:
 
 
 def _plan_line(
-    heads: Heads, line: Sequence[CheckpointId], pins: Collection[str], retention: Retention | None
+    heads: Heads, line: Line, pins: Collection[str], retention: Retention | None
 ) -> tuple[list[KeepRow], dict[str, str]]:
     """What the policy keeps, and what may go with the reason."""
     if retention is None:
-        return [KeepRow(checkpoint.name, ("on the line, no policy given",)) for checkpoint in line], {}
+        return [KeepRow(checkpoint.name, ("on the line, no policy given",)) for checkpoint in line.on_line], {}
     keep: list[KeepRow] = []
     candidates = []
-    for checkpoint in line:
+    for checkpoint in line.on_line:
         head = heads[checkpoint.name]
         if not isinstance(head, ManifestHead):
             # It must not take the place of a good checkpoint among the last N, so the policy does not see it.
@@ -133,6 +133,7 @@ def _plan_line(
                     metrics=head.metrics,
                     is_pinned=checkpoint.name in pins,
                     created_unix_s=head.created_unix_s,
+                    is_leg_end=checkpoint in line.leg_ends,
                 )
             )
     decision = plan_retention(candidates, retention)

@@ -37,3 +37,18 @@ def test_another_order_is_refused_on_every_rank_before_anything_changes(ranks, t
     assert told[0] == told[1]
     assert "data: seed 3 in the checkpoint, 4 live" in told[0]
     assert "data: size 103 in the checkpoint, 104 live" in told[0]
+
+
+def test_a_second_round_begins_once_and_goes_on_on_other_ranks(ranks, tmp_path):
+    ranks.run(jobs.train_and_save, 2, str(tmp_path), 4, 3, 0)
+    results = ranks.run(jobs.second_round, 2, str(tmp_path), 40, 2)
+    assert results[0] == results[1]
+    begun, counters, position = results[0]
+    assert begun
+    assert counters == {"step": 5, "leg": 2, "leg_step": 2, "leg_samples": 16, "leg_epoch": 0, "done": False}
+    assert (position["size"], position["epoch"], position["cursor"]) == (40, 0, 16)
+
+    ((begun, counters, position),) = ranks.run(jobs.second_round, 1, str(tmp_path), 40, 4)
+    assert not begun
+    assert counters == {"step": 9, "leg": 2, "leg_step": 6, "leg_samples": 48, "leg_epoch": 1, "done": True}
+    assert (position["epoch"], position["cursor"]) == (1, 8)

@@ -84,3 +84,19 @@ def resume_with(rank: int, world_size: int, root: str, seed: int, size: int) -> 
             assert torch.equal(model.weight, before) and progress.step == 0
             return str(error)
     return "no error"
+
+
+def second_round(rank: int, world_size: int, root: str, size: int, steps: int) -> tuple[bool, dict[str, Any], dict]:
+    """Begins the leg "round-2" on `size` samples, or goes on in it: whether it began, the counters, the position."""
+    batch = dckpt.Batch(GLOBAL_BATCH // world_size, 1, world_size)
+    run = DataRun(rank, batch, size=size, max_steps=6)
+    with dckpt.Checkpointer(root, deadline_s=30, signals=(), save=dckpt.Every(steps=1)) as checkpointer:
+        begun = checkpointer.start_leg(run.state, name="round-2")
+        for _ in range(steps):
+            run.progress.advance(loss=1.0)
+            checkpointer.step(run.state)
+    progress = run.progress
+    counters = {
+        name: getattr(progress, name) for name in ("step", "leg", "leg_step", "leg_samples", "leg_epoch", "done")
+    }
+    return begun, counters, run.sampler.state_dict()

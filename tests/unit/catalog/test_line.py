@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -38,6 +39,17 @@ def trace(
 
 def test_an_empty_run_has_an_empty_line():
     assert trace([], {}) == Line((), (), ())
+
+
+def test_the_ends_of_earlier_legs_are_known():
+    """Where a leg began, its parent ended the leg before, also if it is gone by now."""
+    records = {1: record(1, None), 2: record(2, at(200, 1)), 3: record(3, at(250, 2)), 4: record(4, at(300, 3))}
+    for number in (2, 4):
+        records[number] = replace(records[number], reason="leg")
+    checkpoints = [at(100, 1), at(200, 1), at(250, 2), at(320, 4)]
+
+    assert trace_line(checkpoints, 4, records.__getitem__).leg_ends == (at(300, 3), at(200, 1))
+    assert trace_line(checkpoints, 3, records.__getitem__).leg_ends == (at(200, 1),)
 
 
 def test_a_generation_without_a_checkpoint_continues_its_parent():

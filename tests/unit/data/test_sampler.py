@@ -172,7 +172,7 @@ def test_facts_say_what_a_resume_compares():
         "cursor": 4,
         "tail": "drop",
         "global_batch": 4,
-        "dataset_fingerprint": "abc",
+        "dataset": "abc",
         "n_eff": 8,
     }
     assert make(tail="short", batch=Batch(4)).facts()["n_eff"] == 10

@@ -298,6 +298,40 @@ def test_a_load_that_fails_half_way_forbids_saves_until_a_load_succeeds(
         assert checkpointer.steps() == [1, 2]
 
 
+@pytest.mark.parametrize("part", ["scheduler", "scaler"])
+def test_a_set_that_breaks_while_it_is_restored_is_not_trained_on_or_saved(tmp_path: Path, part: str) -> None:
+    """Optimizer, scheduler and scaler belong together: if one refuses its state, what the others took counts as damaged."""
+
+    def make() -> tuple[SmallRun, dckpt.TrainState]:
+        run = SmallRun("plain")
+        scheduler = torch.optim.lr_scheduler.StepLR(run.optimizer, 1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        state = dckpt.TrainState(
+            model=run.model, optimizer=run.optimizer, scheduler=scheduler, scaler=scaler, progress=run.progress
+        )
+        return run, state
+
+    def refuse(_: Any) -> None:
+        raise RuntimeError("this state is not mine")
+
+    run, state = make()
+    with dckpt.Checkpointer(tmp_path / "run", signals=()) as checkpointer:
+        checkpointer.resume(state)
+        run.step()
+        assert checkpointer.save(state, blocking=True).outcome == "committed"
+    run, state = make()
+    with dckpt.Checkpointer(tmp_path / "run", signals=()) as checkpointer:
+        holder: Any = getattr(state, part)
+        healthy, holder.load_state_dict = holder.load_state_dict, refuse
+        with pytest.raises(dckpt.DckptError, match="this state is not mine"):
+            checkpointer.resume(state)
+        with pytest.raises(PoisonedStateError, match="Load or resume successfully"):
+            checkpointer.save(state)
+        holder.load_state_dict = healthy
+        assert checkpointer.resume(state) is not None
+        assert (run.progress.step, len(run.optimizer.state)) == (1, 4)
+
+
 def test_a_load_that_was_refused_before_it_touched_anything_does_not_forbid_saves(
     opened: Callable[..., Any], tmp_path: Path
 ) -> None:

@@ -45,10 +45,16 @@ class Position:
         return Position(self.size, self.epoch + 1)
 
 
-def share_positions(cursor: int, steps: int, step: int, rank: int, ranks: int) -> Indices:
-    """Of `steps` whole steps from `cursor`: the positions of `rank`, every `ranks`-th; shape (steps, step // ranks)."""
+def share_positions(cursor: int, steps: int, step: int, rank: int, ranks: int, micro: int = 1) -> Indices:
+    """Of `steps` whole steps from `cursor`: the positions of `rank`, in turns of `micro`; shape (steps, step // ranks).
+
+    The micro-batches of a step follow each other in the order, and rank r takes the r-th of each `ranks`. So with one
+    micro-batch size they hold the same samples on any number of ranks.
+    """
     begins = cursor + step * np.arange(steps, dtype=np.int64)
-    return begins[:, None] + np.arange(rank, step, ranks, dtype=np.int64)
+    turns = np.arange(rank * micro, step, ranks * micro, dtype=np.int64)
+    own = (turns[:, None] + np.arange(micro, dtype=np.int64)).reshape(-1)
+    return begins[:, None] + own
 
 
 def cut_share(count: int, parts: int) -> list[tuple[int, int]]:

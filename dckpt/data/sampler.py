@@ -52,8 +52,9 @@ class ElasticDistributedSampler(Sampler[int]):
 
     Order and position are functions of (seed, epoch, samples that all ranks trained on) and of nothing else: the number of
     ranks and workers, the micro-batch and the accumulation may change at any resume, and each sample still comes exactly once
-    an epoch. Nothing is padded. A step's samples are a set that depends on the global batch alone. Starting and resuming take
-    constant time and memory.
+    an epoch. Nothing is padded. A step's samples are a set that depends on the global batch alone. The ranks take turns at its
+    micro-batches, which hold the same samples on any number of ranks while their size stays; `rng_slot` counts them so.
+    Starting and resuming take constant time and memory.
 
     dataset: the data set, or its length.
     batch: `dckpt.Batch` of this run; `batch.data_parallel` ranks share the samples.
@@ -221,7 +222,7 @@ class ElasticDistributedSampler(Sampler[int]):
         cursor, left = start.cursor, (start.size - start.cursor) // self._step
         while left:
             steps = min(block, left)
-            found = order.indices(share_positions(cursor, steps, self._step, self._rank, self._ranks))
+            found = order.indices(share_positions(cursor, steps, self._step, self._rank, self._ranks, self._micro))
             for micro in found.reshape(-1, self._micro).tolist():
                 yield self._keyed(micro, start.epoch)
             cursor += steps * self._step

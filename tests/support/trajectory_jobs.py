@@ -40,9 +40,18 @@ class Training:
     """FSDP2, AdamW, warm-up and decay, dropout, an elastic sampler; gradients are reduced at each micro-batch."""
 
     def __init__(
-        self, rank: int, world_size: int, *, size: int, micro: int, dropout: float, has_group: bool = True
+        self,
+        rank: int,
+        world_size: int,
+        *,
+        size: int,
+        micro: int,
+        dropout: float,
+        has_group: bool = True,
+        uses_slots: bool = False,
     ) -> None:
         torch.manual_seed(0)
+        self.uses_slots = uses_slots
         layers: list[nn.Module] = [nn.Linear(WIDTH, 32), nn.GELU(), nn.Dropout(dropout), nn.Linear(32, 33), nn.GELU()]
         model = nn.Sequential(*layers, nn.Dropout(dropout), nn.Linear(33, 1))
         if has_group:
@@ -73,7 +82,8 @@ class Training:
         while self.progress.step < until:
             for ids, x, y in self.loader:
                 place = self.progress.step, self.progress.micro_step
-                each = (self.model(x) - y).square()
+                with dckpt.rng_slot(self.progress, seed=3) if self.uses_slots else contextlib.nullcontext():
+                    each = (self.model(x) - y).square()
                 (each.mean() / self.batch.accumulation).backward()
                 if self.progress.accumulate():
                     self.optimizer.step()
@@ -86,10 +96,19 @@ class Training:
 
 
 def train_straight(
-    rank: int, world_size: int, until: int, size: int, micro: int, dropout: float, has_group: bool
+    rank: int,
+    world_size: int,
+    until: int,
+    size: int,
+    micro: int,
+    dropout: float,
+    has_group: bool,
+    uses_slots: bool = False,
 ) -> Any:
     """The training that nothing interrupts: what was seen, and the end."""
-    training = Training(rank, world_size, size=size, micro=micro, dropout=dropout, has_group=has_group)
+    training = Training(
+        rank, world_size, size=size, micro=micro, dropout=dropout, has_group=has_group, uses_slots=uses_slots
+    )
     seen: list[Any] = []
     training.run(until, lambda *row: seen.append(row))
     return seen, digests(training.state)
@@ -138,10 +157,17 @@ def _train(
 
 
 def train_leg(
-    rank: int, world_size: int, root: str, until: int, size: int, micro: int, place: tuple[int, int] | None
+    rank: int,
+    world_size: int,
+    root: str,
+    until: int,
+    size: int,
+    micro: int,
+    place: tuple[int, int] | None,
+    dropout: float,
 ) -> Any:
-    """Resumes, trains up to a step, saves there or at a `place` within a step before it, and ends."""
-    training = Training(rank, world_size, size=size, micro=micro, dropout=0.0)
+    """Resumes, trains up to a step, saves there or at a `place` within a step before it, and ends. Dropout is in slots."""
+    training = Training(rank, world_size, size=size, micro=micro, dropout=dropout, uses_slots=True)
     seen: list[Any] = []
     with dckpt.Checkpointer(root, deadline_s=30, signals=()) as checkpointer:
         checkpointer.resume(training.state)

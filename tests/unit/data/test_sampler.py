@@ -41,12 +41,13 @@ def test_a_pass_goes_from_the_position_to_the_end_of_the_epoch_and_the_next_one_
     assert list(sampler) == order_of(10, epoch=1)[:8]
 
 
-def test_ranks_take_every_other_sample_of_a_step():
-    batch = Batch(2, 1, 3)
-    order = order_of(20)
-    for rank in range(3):
-        sampler = make(20, batch, rank=rank)
-        assert list(sampler) == [order[begin + rank + 3 * i] for begin in (0, 6, 12) for i in range(2)]
+def test_ranks_take_the_micro_batches_of_a_step_in_turns():
+    order = order_of(50)
+    micro_batches = [order[begin : begin + 2] for begin in range(0, 48, 2)]
+    for accumulation, ranks in ((2, 3), (6, 1), (1, 6), (3, 2)):
+        for rank in range(ranks):
+            sampler = make(50, Batch(2, accumulation, ranks), rank=rank)
+            assert list(sampler.batches()) == micro_batches[rank::ranks]
 
 
 def test_a_pass_under_way_is_not_moved_by_the_position():

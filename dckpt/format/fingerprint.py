@@ -30,6 +30,8 @@ __all__ = [
     "encode_fingerprint",
     "fold_box",
     "fold_run",
+    "joined",
+    "rotations",
 ]
 
 Bytes: TypeAlias = npt.NDArray[np.uint8]
@@ -86,9 +88,19 @@ def _rotl(word: int, by: int) -> int:
     return (word << by | word >> (64 - by)) & _MASK
 
 
-def _joined(lane0: int, lane1: int, number: int) -> int:
+def joined(lane0: int, lane1: int, number: int) -> int:
+    """Both lanes of words of window `number`, rotated by class already, as a fingerprint."""
     _, by0, by1 = _window(number)
     return _rotl(lane0, by0) | _rotl(lane1, by1) << 64
+
+
+def rotations(number: int, place: int, count: int) -> Words:
+    """u64[2, count]: how far each of `count` words is rotated left in each lane, the first at byte `place` of a window.
+
+    At most a line of words; the rotation of the window's lanes (`joined`) comes on top.
+    """
+    first = (place // WORD_BYTES + _window(number)[0]) % CLASSES
+    return _LEFT[:, first : first + count]
 
 
 def fold_run(data: memoryview | Bytes, begin: int) -> int:
@@ -110,7 +122,7 @@ def _fold_word(word: int, begin: int) -> int:
     """`fold_run` of at most one word, without arrays: counters and scalars are as many as matrices."""
     number, place = divmod(begin, WINDOW_BYTES)
     z = _mix((place // WORD_BYTES + _window(number)[0]) % CLASSES)
-    return _joined(_rotl(word, z & 63), _rotl(word, z >> 6 & 63), number)
+    return joined(_rotl(word, z & 63), _rotl(word, z >> 6 & 63), number)
 
 
 def _fold_in_window(data: Bytes, number: int, place: int) -> int:
@@ -121,7 +133,7 @@ def _fold_in_window(data: Bytes, number: int, place: int) -> int:
     rotated = words << _LEFT[:, columns]
     rotated |= words >> _RIGHT[:, columns]
     lane0, lane1 = np.bitwise_xor.reduce(rotated, axis=1).tolist()
-    return _joined(lane0, lane1, number)
+    return joined(lane0, lane1, number)
 
 
 def _sum_lines(data: Bytes, phase: int) -> Words:

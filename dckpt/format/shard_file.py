@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
 from typing import Any
 
 from dckpt.errors import ConfigError
 from dckpt.format.fields import Fields
+from dckpt.format.fingerprint import box_runs
+from dckpt.format.fingerprint_table import ChunkTable
 from dckpt.format.layout import FILE_BYTES_MAX, is_tensor_name, shard_file_name
 from dckpt.format.refusal import corrupt, shown
 from dckpt.format.sealed_json import dump_json, load_json
@@ -42,6 +45,9 @@ DIMENSIONS_MAX = 64
 LENGTH_BYTES = 8
 SHARDING_INFO = "DCP_SHARDING_INFO"
 
+# The layers of a model are cut alike.
+_known_runs = lru_cache(maxsize=16_384)(box_runs)
+
 
 @dataclass(frozen=True, slots=True)
 class ShardTensor:
@@ -63,7 +69,8 @@ class ShardTensor:
         return math.prod(self.shape) * DTYPES[self.dtype]
 
 
-@dataclass(frozen=True, slots=True)
+# Without slots: the table of chunks is made once per plan, which lasts from save to save, and kept in the instance's dict.
+@dataclass(frozen=True)
 class ShardFilePlan:
     """One shard file to be written: `header` goes to offset 0, the data of `tensors[i]` to `begins[i]`."""
 
@@ -74,6 +81,16 @@ class ShardFilePlan:
     size: int
     is_separate: bool = False
     """Its tensors are not expected to change: a later save may reuse the whole file."""
+
+    @cached_property
+    def chunk_table(self) -> ChunkTable | None:
+        """Folds fingerprints of the file's bytes; None if it is not known where every chunk lies in its tensor."""
+        runs = []
+        for tensor in self.tensors:
+            if tensor.global_shape is None:
+                return None
+            runs.append(_known_runs(tensor.global_shape, tensor.offsets, tensor.shape, DTYPES[tensor.dtype]))
+        return ChunkTable(self.begins, [tensor.nbytes for tensor in self.tensors], runs)
 
 
 @dataclass(frozen=True, slots=True)

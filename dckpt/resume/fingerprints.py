@@ -2,7 +2,7 @@
 
 Each rank knows two partial sums of every tensor: of the bytes that it holds live, and of the chunks that lie in its share of
 the shard files. Over all ranks both add up to the tensor, so their difference adds up to zero. What travels is these
-differences, in 64 buckets of tensors; only a bucket that is not zero makes the ranks tell its tensors by name.
+differences, in 32 buckets of tensors; only a bucket that is not zero makes the ranks tell its tensors by name.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dckpt.format.values import dump_json, load_json
 from dckpt.ranks.messages import format_ranks
 from dckpt.state.fingerprints import LiveFingerprint, replica_digest, replica_digests, replica_key, turned
 
-BUCKETS = 64
+BUCKETS = 32
 MESSAGE_BYTES_MAX = 2**31
 
 

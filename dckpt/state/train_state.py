@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from dckpt.errors import ConfigError
-from dckpt.format.accumulation import DROP_GRADIENTS, GRADIENTS, carried_micro_step
+from dckpt.format.accumulation import DROP_GRADIENTS, GRADIENTS, carried_micro_step, is_in_short_step
 from dckpt.format.values import JsonValue, encode_value
 from dckpt.state import model as model_state
 from dckpt.state import optimizer as optimizer_state
@@ -289,7 +289,12 @@ class TrainState:
         plan = planner.plan
         plan.saved_micro_step, saved_batch = found
         if GRADIENTS in chosen:
-            micro_step = carried_micro_step(plan.saved_micro_step, saved_batch, batch_of(self.progress))
+            micro_step = carried_micro_step(
+                plan.saved_micro_step,
+                saved_batch,
+                batch_of(self.progress),
+                is_short=is_in_short_step(planner.decode("data")),
+            )
             if isinstance(micro_step, str):
                 planner.differ(
                     f"{GRADIENTS}: gradients of {plan.saved_micro_step} micro-batches cannot go on in this run: {micro_step}. "

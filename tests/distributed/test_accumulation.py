@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,23 +23,23 @@ pytestmark = pytest.mark.distributed
 
 
 @pytest.mark.parametrize(
-    ("kind", "world_size", "place", "blocking"),
+    ("kind", "world_size", "place", "how"),
     [
-        ("single", 1, (2, 1), True),
-        ("ddp", 2, (2, 3), False),
-        ("ddp-views", 2, (2, 1), False),
-        ("ddp-sync", 2, (2, 2), False),
-        ("fsdp", 2, (2, 1), False),
-        ("fsdp", 3, (0, 2), True),
-        ("fsdp", 2, (2, 4), False),  # the gradients are complete, the optimizer has not stepped
+        ("single", 1, (2, 1), "blocking"),
+        ("ddp", 2, (2, 3), "async"),
+        ("ddp-views", 2, (2, 1), "overlap"),
+        ("ddp-sync", 2, (2, 2), "async"),
+        ("fsdp", 2, (2, 1), "overlap"),
+        ("fsdp", 3, (0, 2), "blocking"),
+        ("fsdp", 2, (2, 4), "async"),  # the gradients are complete, the optimizer has not stepped
     ],
 )
 def test_a_run_killed_between_micro_batches_continues_bit_for_bit(
-    ranks: RankPool, tmp_path: Path, kind: str, world_size: int, place: tuple[int, int], blocking: bool
+    ranks: RankPool, tmp_path: Path, kind: str, world_size: int, place: tuple[int, int], how: str
 ) -> None:
     has_group, root = kind != "single", str(tmp_path / "run")
     straight = ranks.run(train_straight, world_size, kind, (5, 2), has_group=has_group)
-    killed = ranks.run(save_and_die, world_size, root, kind, place, blocking, has_group=has_group, allow_loss=True)
+    killed = ranks.run(save_and_die, world_size, root, kind, place, how, has_group=has_group, allow_loss=True)
     assert all(result.exit_code == -9 for result in killed)
     resumed = ranks.run(resume_and_train, world_size, root, kind, (5, 2), has_group=has_group)
 
@@ -146,3 +148,30 @@ def test_a_signal_within_a_step_is_obeyed_at_once_where_gradients_can_be_stored(
         assert micro_step == 0
     for _, _, begun, _ in ranks.run(resume_and_train, 2, root, kind, (step + 1, 0)):
         assert begun == (step, micro_step)
+
+
+def test_gradients_are_resharded_like_everything_else(ranks: RankPool, tmp_path: Path) -> None:
+    root, there = str(tmp_path / "run"), str(tmp_path / "there")
+    ranks.run(save_at, 4, root, "fsdp", (1, 3), "store", 48)
+    command = Path(sys.executable).with_name("dckpt")
+    subprocess.run([command, "reshard", root, there, "--world-size", "3"], check=True, capture_output=True)
+
+    original = ranks.run(resume_elsewhere, 3, root, "fsdp", 48, 2, "restore", (2, 0))
+    resharded = ranks.run(resume_elsewhere, 3, there, "fsdp", 48, 2, "restore", (2, 0))
+    for (begun, gradients, seen, _), (again, same, seen_again, _) in zip(original, resharded, strict=True):
+        assert begun == again == (1, 4)
+        assert gradients.keys() == same.keys()
+        assert all(torch.equal(gradients[name], same[name]) for name in gradients)
+        assert seen == seen_again
+
+
+def test_gradients_of_each_rank_alone_are_not_resharded(ranks: RankPool, tmp_path: Path) -> None:
+    root = str(tmp_path / "run")
+    ranks.run(save_at, 2, root, "ddp", (1, 2), "store", 48)
+    command = Path(sys.executable).with_name("dckpt")
+    found = subprocess.run(
+        [command, "reshard", root, str(tmp_path / "there"), "--world-size", "3"], capture_output=True, text=True
+    )
+
+    assert found.returncode
+    assert "2 ranks had not reduced yet" in found.stderr + found.stdout

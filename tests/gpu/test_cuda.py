@@ -122,3 +122,41 @@ def test_a_damaged_byte_on_the_way_to_the_gpu_is_reported(tmp_path):
             checkpointer.load(dckpt.TrainState(model=model))
         with pytest.raises(dckpt.PoisonedStateError):
             checkpointer.save(dckpt.TrainState(model=model), step=2)
+
+
+def test_a_slot_keys_the_devices_stream_and_puts_it_back():
+    torch.cuda.manual_seed(5)
+    expected = torch.rand(4, device="cuda")
+    torch.cuda.manual_seed(5)
+    progress = dckpt.TrainProgress()
+    drop, ones = nn.Dropout(0.5), torch.ones(4096, device="cuda")
+    masks = []
+    for micro_batch in (0, 1, 0):
+        with dckpt.rng_slot(progress, seed=1, micro_batch=micro_batch):
+            masks.append(drop(ones))
+
+    assert torch.equal(masks[0], masks[2]) and not torch.equal(masks[0], masks[1])
+    assert torch.equal(torch.rand(4, device="cuda"), expected)
+
+
+def test_gradients_on_the_gpu_go_on_in_the_middle_of_a_step(tmp_path):
+    def make():
+        torch.manual_seed(0)
+        model = nn.Linear(64, 64, device="cuda")
+        progress = dckpt.TrainProgress(batch=dckpt.Batch(micro=2, accumulation=2))
+        optimizer = torch.optim.AdamW(model.parameters())
+        return model, dckpt.TrainState(model=model, optimizer=optimizer, progress=progress)
+
+    model, state = make()
+    model(torch.ones(2, 64, device="cuda")).square().mean().backward()
+    state.progress.accumulate()
+    with dckpt.Checkpointer(tmp_path / "run", signals=()) as checkpointer:
+        checkpointer.resume(state)
+        assert checkpointer.save(state, blocking=True).outcome == "committed"
+    other, state = make()
+    with dckpt.Checkpointer(tmp_path / "run", signals=()) as checkpointer:
+        checkpointer.resume(state)
+
+    assert state.progress.micro_step == 1
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert b.grad.is_cuda and torch.equal(a.grad, b.grad)

@@ -126,13 +126,20 @@ def train_straight(rank: int, world_size: int, kind: AccumulationKind, until: Pl
     return run.seen, digests(run.state)
 
 
-def save_and_die(rank: int, world_size: int, root: str, kind: AccumulationKind, place: Place, blocking: bool) -> None:
-    """Saves at a place in the middle of a step, goes on for two micro-batches, and is killed."""
+def save_and_die(
+    rank: int,
+    world_size: int,
+    root: str,
+    kind: AccumulationKind,
+    place: Place,
+    how: Literal["blocking", "async", "overlap"],
+) -> None:
+    """Saves at a place in the middle of a step, goes on into the next step, and is killed."""
     run = AccumulatingRun(kind, rank, world_size)
-    checkpointer = _open(root)
+    checkpointer = dckpt.Checkpointer(root, deadline_s=30, signals=(), overlap=how == "overlap")
     checkpointer.resume(run.state)
     run.train(place)
-    pending = checkpointer.save(run.state, blocking=blocking)
+    pending = checkpointer.save(run.state, blocking=how == "blocking")
     run.train((place[0] + 1, 1))
     assert pending.wait(30) == "committed", pending.error
     os.kill(os.getpid(), signal.SIGKILL)

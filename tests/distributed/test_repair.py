@@ -1,0 +1,86 @@
+"""A run resumes from its repaired checkpoint as from the one that was damaged, and trains and saves on."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from dckpt.catalog.catalog import Catalog
+from dckpt.cli.main import main
+from dckpt.storage.local import LocalStorage
+from tests.support.repair_jobs import resume_train_save, train_and_save_twice
+
+STEP = "step-0000000006.g0001"
+
+
+def repair(root: Path, *options: str) -> str:
+    result = CliRunner().invoke(main, ["repair", f"{root}@{STEP}", "--yes", *options])
+    # The state of these tests has no data part: PARTIAL, before and after.
+    assert result.exit_code == 1 and "is committed" in result.output, result.output
+    report = json.loads(CliRunner().invoke(main, ["verify", str(root), "--json"]).output)
+    assert report["verdict"] == "PARTIAL" and not report["checkpoints"][0]["damages"]
+    return result.output
+
+
+def shard(root: Path, rank: int) -> Path:
+    return next(root.glob(f"{STEP}/*/rank{rank:05d}.safetensors"))
+
+
+def where(root: Path, tensor: str, rank: int) -> tuple[int, int]:
+    catalog = Catalog(LocalStorage(str(root)))
+    index = catalog.read_index(STEP, catalog.read_manifest(STEP)[0])
+    number = index.files.index(shard(root, rank).name)
+    return next((begin, end) for name, begin, end in index.chunks_in_file(number) if name == tensor)
+
+
+def overwrite(path: Path, begin: int, data: bytes) -> None:
+    content = bytearray(path.read_bytes())
+    content[begin : begin + len(data)] = data
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(("kind", "world_size"), [("ddp", 2), ("fsdp", 3)])
+@pytest.mark.parametrize("damage", ["bit", "frozen"])
+def test_a_run_resumes_bit_for_bit_from_what_was_restored(
+    ranks, tmp_path: Path, kind: str, world_size: int, damage: str
+):
+    root = tmp_path / "run"
+    before = ranks.run(train_and_save_twice, world_size, str(root), kind, 3)
+    if damage == "bit":
+        data = shard(root, 1).read_bytes()
+        overwrite(shard(root, 1), len(data) // 2, bytes([data[len(data) // 2] ^ 0x40]))
+    else:
+        # The frozen file is one with that of the step before: only what is beside it can be gone, its checksums.
+        next(root.glob(f"{STEP}/*/rank00000-1.sums")).unlink()
+
+    repair(root)
+    resumed = ranks.run(resume_train_save, world_size, str(root), kind, 2)
+
+    for saved, (found, losses, _) in zip(before, resumed, strict=True):
+        assert found == saved
+        assert len(losses) == 2
+    assert Catalog(LocalStorage(str(root))).line()[0].name == "step-0000000008.g0003"
+
+
+def test_streams_of_a_lost_rank_are_derived_and_its_neighbours_in_the_block_are_proved(ranks, tmp_path: Path):
+    """The record shares its block with parameters and moments: their fingerprints say that they are good."""
+    root = tmp_path / "run"
+    before = ranks.run(train_and_save_twice, 2, str(root), "fsdp", 3)
+    begin, end = where(root, "rank.1.values.rng", 1)
+    assert begin < 65_536, "the same block as the tensors"
+    overwrite(shard(root, 1), begin + 10, os.urandom(40))
+    assert end > begin + 50
+
+    told = repair(root)
+    resumed = ranks.run(resume_train_save, 2, str(root), "fsdp", 1)
+
+    assert "random streams of ranks 1" in told
+    for rank, (found, _, _) in enumerate(resumed):
+        differing = {name for name in found if found[name] != before[rank][name]}
+        assert differing <= ({"rng:torch", "rng:python", "rng:numpy"} if rank == 1 else set()), differing
+    assert resumed[1][0]["rng:torch"] != before[1]["rng:torch"]
+    assert resumed[0][0]["rng:torch"] != resumed[1][0]["rng:torch"]

@@ -35,8 +35,12 @@ COMMANDS: dict[str, str] = {
     "pin": "Keep a checkpoint whatever the policy says.",
     "unpin": "Let the policy judge a checkpoint again.",
     "rollback": "Make an earlier step the latest again; nothing is deleted.",
+    "import": "Make a checkpoint of another kind the first one of a run.",
     "reshard": "Rewrite a checkpoint for another number of ranks.",
 }
+
+# `import` is a word of the language and cannot be a function's name.
+_MODULES = {"import": "import_run"}
 
 EXIT_CODES_HELP = """\b
 Exit codes:
@@ -59,7 +63,8 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002 - click's signature
         if cmd_name not in COMMANDS:
             return None
-        command = getattr(importlib.import_module(f"dckpt.cli.{cmd_name}"), cmd_name)
+        module = _MODULES.get(cmd_name, cmd_name)
+        command = getattr(importlib.import_module(f"dckpt.cli.{module}"), module)
         assert isinstance(command, click.Command)
         return command
 

@@ -7,7 +7,10 @@ from collections.abc import Sequence
 
 import click
 
+from dckpt.cli.import_run import run_import
 from dckpt.cli.outcome import CORRUPT, INCOMPLETE, OK, is_confirmed, json_option, print_json, returns_exit_code
+from dckpt.tools.foreign import is_foreign
+from dckpt.tools.foreign_import import ImportRequest
 from dckpt.tools.repair import Prepared, prepare_repair
 from dckpt.tools.repair_run import apply_repair
 from dckpt.tools.target import open_target
@@ -24,7 +27,12 @@ from dckpt.viz.progress import reading_progress
 @click.option(
     "--from", "copies", multiple=True, metavar="COPY", help="Another run or checkpoint that may hold the same bytes."
 )
-@click.option("--to", "into", metavar="DIR", help="Where the repair of a stand-alone checkpoint goes [CKPT-repaired].")
+@click.option(
+    "--to",
+    "into",
+    metavar="DIR",
+    help="Where a stand-alone checkpoint goes [CKPT-repaired], or a run made of other files [CKPT-dckpt].",
+)
 @click.option("--accept-loss", is_flag=True, help="Write it without the parts whose bytes are lost.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @click.option("--dry-run", is_flag=True, help="Show the plan and write nothing.")
@@ -42,6 +50,8 @@ def repair(
 
     The plan is shown first. The repaired checkpoint is a new one, in a new generation that continues from CKPT; CKPT itself
     stays as it is. A job that still trains in the run is fenced: stop it first.
+
+    CKPT may also be of the kind that `dckpt import` takes: it becomes a run of its own, with random streams filled in.
     """
     if yes and dry_run:
         raise click.UsageError("--yes and --dry-run contradict each other.")
@@ -60,6 +70,9 @@ def run_repair(
     report: object = None,
 ) -> int:
     """The command's work; also that of `dckpt verify --fix`, whose `report` goes into the JSON object."""
+    if is_foreign(target):
+        request = ImportRequest(target, into or f"{target.rstrip('/')}-dckpt", fill=True)
+        return run_import(request, yes=yes, dry_run=dry_run, as_json=as_json, report=report)
     is_shown = sys.stderr.isatty() and not as_json
     with reading_progress(is_shown=is_shown) as (on_checkpoint, on_bytes):
         watch = Watch(on_checkpoint, on_bytes)

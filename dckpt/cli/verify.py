@@ -7,6 +7,7 @@ import sys
 import click
 
 from dckpt.cli.outcome import CORRUPT, INCOMPLETE, OK, STORAGE, json_option, print_json, returns_exit_code
+from dckpt.tools.foreign import is_foreign
 from dckpt.tools.target import open_target
 from dckpt.tools.verify import Verdict, Watch
 from dckpt.tools.verify_run import verify_target
@@ -52,6 +53,8 @@ def verify(
         raise click.UsageError("--fix repairs one checkpoint after reading all of it: without --all and --quick.")
     if (copies or yes) and not fix:
         raise click.UsageError("--from and --yes belong to --fix.")
+    if is_foreign(target):
+        return _verify_foreign(target, fix=fix, yes=yes, as_json=as_json)
     place = open_target(target)
     with reading_progress(is_shown=sys.stderr.isatty() and not as_json) as (on_checkpoint, on_bytes):
         report = verify_target(place, is_all=is_all, is_quick=is_quick, watch=Watch(on_checkpoint, on_bytes))
@@ -70,3 +73,19 @@ def verify(
     from dckpt.cli.repair import run_repair
 
     return run_repair(target, copies, yes=yes, as_json=as_json, report=report)
+
+
+def _verify_foreign(target: str, *, fix: bool, yes: bool, as_json: bool) -> int:
+    from dckpt.tools.foreign_import import verify_foreign
+    from dckpt.viz.repair import render_foreign
+
+    report = verify_foreign(target)
+    if not as_json:
+        click.echo(render_foreign(report), nl=False)
+    elif not fix:
+        print_json(report)
+    if not fix:
+        return _EXIT_CODES[report.verdict]
+    from dckpt.cli.repair import run_repair
+
+    return run_repair(target, (), yes=yes, as_json=as_json, report=report)

@@ -22,7 +22,7 @@ GENERATION_MAJOR = 1
 GENERATION_MINOR = 0
 GENERATION_BYTES_MAX = 65536
 
-Reason = Literal["start", "resume", "walk-back", "rollback", "load", "leg", "repair", "reshard"]
+Reason = Literal["start", "resume", "walk-back", "rollback", "load", "leg", "repair", "reshard", "import"]
 
 _KEYS = ("dckpt", "version", "number", "run_id", "parent", "reason", "world_size", "created_unix_s", "nonce")
 _PARENT_KEYS = ("checkpoint", "step", "micro_step", "generation", "manifest_sha256")

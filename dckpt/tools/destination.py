@@ -84,6 +84,16 @@ def choose_destination(text: str, manifest: Manifest, sha256: str, run: Storage 
     return Destination(storage, name, observed + 1, observed, run_id, is_new_run=True)
 
 
+def choose_import(text: str, step: int, run_id: str) -> Destination:
+    """The first checkpoint of a run at an empty or missing place; anything else that is there is refused with `ConfigError`."""
+    storage = open_storage(text)
+    _ensure_free(storage)
+    observed = Catalog(storage).newest_generation()
+    if observed:
+        run_id = _begun_run(storage, observed)
+    return Destination(storage, checkpoint_name(step, observed + 1), observed + 1, observed, run_id, is_new_run=True)
+
+
 def _alone(text: str) -> Destination:
     root, name = split_checkpoint_url(text)
     storage = open_storage(root)
@@ -148,9 +158,9 @@ def _ensure_free(storage: Storage) -> None:
 
 
 def _begun_run(storage: Storage, observed: int) -> str:
-    """The id of a run that a reshard began and did not commit to: it died after its generation record."""
+    """The id of a run that a reshard or import began and did not commit to: it died after its generation record."""
     record = read_generation(storage, observed)
-    if record.reason != "reshard" or record.parent is not None:
+    if record.reason not in ("reshard", "import") or record.parent is not None:
         raise ConfigError(
             f"DST {storage.url}: expected an empty or missing directory, or the run of SRC, found another run (generation "
             f"{observed}: {record.reason}). Choose another place."

@@ -11,6 +11,8 @@ from dckpt.viz.units import format_bytes, format_count
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from dckpt.findings import Finding
+
 _STYLES = {
     "restored": "green",
     "derived": "cyan",
@@ -65,15 +67,103 @@ def render_repair(plan: Plan) -> str:
     return render(lambda: _parts(plan))
 
 
-def _parts(plan: Plan) -> Iterable[RenderableType]:
+class Import(Protocol):
+    """`dckpt import`."""
+
+    @property
+    def source(self) -> str: ...
+    @property
+    def destination(self) -> str: ...
+    @property
+    def changes(self) -> Sequence[Change]: ...
+    @property
+    def refusals(self) -> Sequence[str]: ...
+    @property
+    def missing(self) -> Sequence[str]: ...
+    @property
+    def num_written(self) -> int: ...
+    @property
+    def bytes_written(self) -> int: ...
+
+
+def render_import(plan: Import) -> str:
+    """What is imported, filled in and missing, and what is written."""
+    return render(lambda: _import_parts(plan))
+
+
+def _import_parts(plan: Import) -> Iterable[RenderableType]:
+    yield text_of(plan.source, "bold")
+    yield _changes(plan.changes)
+    for refusal in plan.refusals:
+        yield text_of(refusal, "bold red")
+    if plan.refusals:
+        yield text_of("Nothing is imported.")
+        return
+    files = format_count(plan.num_written, "file")
+    yield text_of(f"New run: {plan.destination}. Missing in it: {', '.join(plan.missing) or 'nothing'}.")
+    yield text_of(f"Written: {files}, {format_bytes(plan.bytes_written)}. The old files are not touched.")
+
+
+class Foreign(Protocol):
+    """`dckpt verify` of a checkpoint of another kind."""
+
+    @property
+    def url(self) -> str: ...
+    @property
+    def verdict(self) -> str: ...
+    @property
+    def step(self) -> int | None: ...
+    @property
+    def ranks(self) -> int: ...
+    @property
+    def components(self) -> Sequence[tuple[str, bool, int, int]]: ...
+    @property
+    def damages(self) -> Sequence[str]: ...
+    @property
+    def findings(self) -> Sequence[Finding]: ...
+
+
+def render_foreign(report: Foreign) -> str:
+    """What the files hold, what is missing and what that does to training."""
+    return render(lambda: _foreign_parts(report))
+
+
+def _foreign_parts(report: Foreign) -> Iterable[RenderableType]:
+    step = "an unknown step" if report.step is None else f"step {report.step}"
+    yield text_of(f"{report.url}: not written by dckpt; {step}, {format_count(report.ranks, 'rank')}", "bold")
+    table = table_of("component", "", "tensors", "bytes", right=("tensors", "bytes"))
+    for name, is_there, count, size in report.components:
+        table.add_row(
+            name, "present" if is_there else "missing", str(count or "-"), format_bytes(size) if size else "-"
+        )
+    yield table
+    for damage in report.damages:
+        yield text_of(damage, "red")
+    for finding in report.findings:
+        yield text_of(finding.message, "yellow")
+    what = {
+        "COMPLETE": "every part is there. Such files have no checksums: whether a byte of them has changed nobody knows",
+        "PARTIAL": "something is missing",
+        "CORRUPT": "a file cannot be read",
+    }
+    yield text_of(f"{report.verdict}: {what[report.verdict]}.")
+    if report.verdict != "CORRUPT":
+        yield text_of("`dckpt import` makes a run of it.")
+
+
+def _changes(changes: Sequence[Change]) -> RenderableType:
     from rich.text import Text
 
+    table = table_of("what", "", "how")
+    for change in changes:
+        table.add_row(change.what, Text(change.action, style=_STYLES.get(change.action, "")), change.how)
+    return table
+
+
+def _parts(plan: Plan) -> Iterable[RenderableType]:
     yield text_of(plan.source, "bold")
     if plan.changes:
-        table = table_of("what", "", "how")
-        for change in plan.changes:
-            table.add_row(change.what, Text(change.action, style=_STYLES.get(change.action, "")), change.how)
-        yield table
+        yield _changes(plan.changes)
     if plan.refusals:
         for refusal in plan.refusals:
             yield text_of(refusal, "bold red")

@@ -1,0 +1,156 @@
+"""Reads what other programs wrote with `torch.save`, with `weights_only=True` and never otherwise: nothing in it can execute.
+
+The only module of the tools that imports torch, and only when such a file is there. What it gives is free of torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dckpt.errors import ConfigError, CorruptCheckpointError
+
+CONFIG_BYTES_MAX = 16 * 2**20
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ForeignTensor:
+    """One tensor: safetensors' name of its dtype, its shape, its bytes. `storage`: equal for names of one tied tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: memoryview = field(repr=False)
+    storage: int = 0
+
+    def item(self) -> float | int | bool | None:
+        """The one element of a tensor that has one; None otherwise."""
+        kinds = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "U8": "u1", "BOOL": "?"}
+        if len(self.data) == 0 or self.dtype not in kinds:
+            return None
+        found = np.frombuffer(self.data, dtype=kinds[self.dtype])
+        return found[0].item() if len(found) == 1 else None
+
+
+def read_pickled(path: Path) -> Any:
+    """The object in the file, tensors as `ForeignTensor`s.
+
+    `CorruptCheckpointError` if it is damaged, or holds more than tensors and plain values: then it could execute something.
+    """
+    import torch
+    from numpy._core import multiarray
+
+    # Exactly what an array of integers is rebuilt from (the state of numpy's generator); arrays of objects are refused by torch.
+    rebuild: list[Any] = [multiarray._reconstruct, np.ndarray, np.dtype, np.dtypes.UInt32DType]
+    older = (multiarray._reconstruct, "numpy.core.multiarray._reconstruct")
+    try:
+        with torch.serialization.safe_globals([*rebuild, older]):
+            try:
+                found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError as error:
+                if "mmap" not in str(error):
+                    raise
+                found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CorruptCheckpointError(
+            f"{path}: expected tensors and plain values, found {_reason(error)}. Nothing in a file is ever executed: save it "
+            "again with plain values, or leave it out.",
+            key=str(path),
+        ) from error
+    return _freed(found)
+
+
+def _reason(error: Exception) -> str:
+    """What a person should know of it. torch's own text advises to switch the protection off; it is not passed on."""
+    text = str(error)
+    if "Weights only load failed" in text:
+        found = re.search(r"GLOBAL:? (?:GLOBAL )?(\S+)", text)
+        return f"something that could execute ({found[1].rstrip('.,')})" if found else "something that could execute"
+    return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"[:200]
+
+
+def _freed(value: Any) -> Any:
+    import torch
+
+    from dckpt.state.naming import DTYPE_NAMES
+
+    if isinstance(value, torch.Tensor):
+        if value.dtype not in DTYPE_NAMES or value.layout is not torch.strided or value.is_quantized:
+            raise ConfigError(f"a tensor of {value.dtype}, {value.layout}: it has no place in a checkpoint.")
+        whole = value.detach().contiguous()
+        raw = whole.reshape(-1).view(torch.uint8).numpy() if whole.numel() else np.empty(0, np.uint8)
+        address = value.untyped_storage().data_ptr() + value.storage_offset() * value.element_size()
+        return ForeignTensor(DTYPE_NAMES[value.dtype], tuple(value.shape), memoryview(raw), int(address))  # type: ignore[arg-type]
+    if isinstance(value, Mapping):
+        return {key: _freed(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_freed(item) for item in value)
+    if isinstance(value, list):
+        return [_freed(item) for item in value]
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOrder:
+    """Parameters in the order in which the model has them. norms: those of LayerNorms. ties: name -> its first name."""
+
+    names: tuple[str, ...]
+    norms: frozenset[str] = frozenset()
+    ties: Mapping[str, str] = field(default_factory=dict)
+    label: str = ""
+
+
+def order_by_config(directory: Path) -> ModelOrder | None:
+    """As the `transformers` that is installed builds the architecture that config.json names, without memory for it.
+
+    None without config.json or transformers, or if that version does not know the architecture. No code of the checkpoint runs.
+    """
+    path = directory / "config.json"
+    if not path.is_file() or path.stat().st_size > CONFIG_BYTES_MAX:
+        return None
+    try:
+        names = json.loads(path.read_text(encoding="utf-8")).get("architectures")
+    except (ValueError, AttributeError) as error:
+        raise CorruptCheckpointError(f"{path}: expected a JSON object, found {error}.", key=str(path)) from error
+    try:
+        import torch
+
+        transformers: Any = importlib.import_module("transformers")
+    except ImportError:
+        return None
+    kind = getattr(transformers, names[0], None) if isinstance(names, list) and names else None
+    if not isinstance(kind, type) or not issubclass(kind, torch.nn.Module):
+        return None
+    config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    with torch.device("meta"):
+        model = kind(config)
+    first: dict[int, str] = {}
+    ties: dict[str, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        held = first.setdefault(id(parameter), name)
+        if held != name:
+            ties[name] = held
+    norms = {
+        f"{place}.{name}" if place else name
+        for place, module in model.named_modules()
+        if isinstance(module, torch.nn.LayerNorm)
+        for name, _ in module.named_parameters(recurse=False)
+    }
+    return ModelOrder(
+        tuple(first.values()), frozenset(norms), ties, f"{names[0]} of transformers {transformers.__version__}"
+    )
+
+
+def read_bytes_of(path: Path, limit: int) -> bytes:
+    """A small file; `CorruptCheckpointError` if it is larger."""
+    with open(path, "rb") as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise CorruptCheckpointError(f"{path}: expected at most {limit:,} bytes.", key=str(path))
+    return data

@@ -1,0 +1,313 @@
+"""Foreign checkpoints: read without executing anything, judged, imported so that the run goes on bit for bit, never changed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from dckpt.catalog.catalog import Catalog
+from dckpt.cli.main import main
+from dckpt.errors import ConfigError, CorruptCheckpointError
+from dckpt.storage.local import LocalStorage
+from dckpt.tools.foreign import read_foreign
+from dckpt.tools.foreign_import import ImportRequest, apply_import, prepare_import, verify_foreign
+from dckpt.tools.foreign_torch import read_pickled
+from dckpt.tools.verify import verify_checkpoint
+from tests.support.foreign import ForeignRun, Kind, losses_after_resume
+
+KINDS: tuple[Kind, ...] = ("bin", "safetensors", "sharded", "bundle", "bundle beside weights")
+
+
+def dckpt(*arguments: object) -> Result:
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+def content(place: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in place.rglob("*") if path.is_file()}
+
+
+def options_for(run: ForeignRun, kind: Kind, place: Path) -> dict[str, Any]:
+    """Safetensors do not keep the model's order and know no ties."""
+    if kind not in ("safetensors", "sharded"):
+        return {}
+    order = place.parent / "order.txt"
+    order.write_text("\n".join(run.names_in_order))
+    return {"order": str(order), "ties": ("head.weight=embed.weight",)}
+
+
+def imported(source: Path, root: Path, **options: Any) -> None:
+    prepared = prepare_import(ImportRequest(str(source), str(root), **options))
+    assert prepared.plan.refusals == ()
+    apply_import(prepared)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("is_grouped", [True, False])
+def test_an_imported_run_goes_on_bit_for_bit(tmp_path: Path, kind: Kind, is_grouped: bool) -> None:
+    run = ForeignRun(is_grouped=is_grouped)
+    run.train(5)
+    source = run.write(tmp_path / "old", kind)
+    before = content(source)
+    straight = run.train(4)
+
+    assert verify_foreign(str(source)).verdict == "COMPLETE"
+    imported(source, tmp_path / "run", **options_for(run, kind, source))
+    losses, step = losses_after_resume(tmp_path / "run", 4, is_grouped=is_grouped)
+
+    assert step == 5
+    assert losses == straight
+    assert content(source) == before, "foreign files are only read"
+    report = verify_checkpoint(LocalStorage(str(tmp_path / "run")), "step-0000000005.g0001", is_run=True)
+    assert report.damages == ()
+    assert [row.name for row in report.components if not row.is_present] == ["data"]
+
+
+def test_the_manifest_says_where_it_comes_from(tmp_path: Path) -> None:
+    run = ForeignRun()
+    run.train(3)
+    source = run.write(tmp_path / "old", "bin")
+
+    imported(source, tmp_path / "run", batch=4)
+
+    manifest, _ = Catalog(LocalStorage(str(tmp_path / "run"))).read_manifest("step-0000000003.g0001")
+    assert manifest.lineage is not None
+    assert (manifest.lineage.how, manifest.lineage.checkpoint, manifest.lineage.step) == ("import", "old", 3)
+    state = manifest.values["progress"]["state"]  # type: ignore[index,call-overload]
+    assert (state["samples"], state["epoch"], len(state["loss_history"])) == (12, 1, 3)  # type: ignore[index,call-overload]
+    assert manifest.facts["max_steps"] == 100
+
+
+def test_the_order_of_parameters_is_never_guessed(tmp_path: Path) -> None:
+    """query and key have one shape: without an order their moments could be swapped, and training would go on."""
+    run = ForeignRun()
+    run.train(3)
+    source = run.write(tmp_path / "old", "safetensors")
+
+    prepared = prepare_import(ImportRequest(str(source), str(tmp_path / "run")))
+
+    assert len(prepared.plan.refusals) == 1
+    assert "nothing tells apart" in prepared.plan.refusals[0] and "--order" in prepared.plan.refusals[0]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("change", ["missing name", "unknown name", "other shapes"])
+def test_an_order_that_does_not_fit_is_refused(tmp_path: Path, change: str) -> None:
+    run = ForeignRun()
+    run.train(3)
+    source = run.write(tmp_path / "old", "safetensors")
+    names = run.names_in_order
+    changed = {
+        "missing name": names[1:],
+        "unknown name": [*names[1:], "nothing.weight"],
+        "other shapes": [names[1], names[0], *names[2:]],
+    }[change]
+    order = tmp_path / "order.txt"
+    order.write_text("\n".join(changed))
+
+    prepared = prepare_import(ImportRequest(str(source), str(tmp_path / "run"), order=str(order)))
+
+    assert prepared.plan.refusals
+
+
+LEFT_OUT = {
+    "optimizer.pt": ("optim", "moments are lost and are not invented"),
+    "scheduler.pt": ("scheduler", "learning rate restarts"),
+    "trainer_state.json": ("progress", "step and sample counts restart"),
+    "rng_state.pth": ("rng", "random streams restart"),
+}
+
+
+@pytest.mark.parametrize("name", LEFT_OUT)
+def test_what_is_missing_is_said_with_what_it_does(tmp_path: Path, name: str) -> None:
+    run = ForeignRun()
+    run.train(3)
+    source = run.write(tmp_path / "old", "bin")
+    (source / name).unlink()
+    part, effect = LEFT_OUT[name]
+
+    result = dckpt("verify", source)
+
+    assert result.exit_code == 1
+    assert f"No {part}" in result.stdout and effect in result.stdout and "PARTIAL" in result.stdout
+    report = json.loads(dckpt("verify", source, "--json").stdout)
+    assert [row[0] for row in report["components"] if not row[1]] == [part]
+
+
+def test_repair_makes_a_run_with_random_streams_and_leaves_the_files(tmp_path: Path) -> None:
+    run = ForeignRun()
+    run.train(3)
+    source = run.write(tmp_path / "old", "bin")
+    (source / "rng_state.pth").unlink()
+    before = content(source)
+
+    result = dckpt("verify", source, "--fix", "--yes")
+
+    assert result.exit_code == 0, result.output
+    assert "random streams of ranks 0  derived" in result.stdout
+    assert content(source) == before
+    _, step = losses_after_resume(tmp_path / "old-dckpt", 2)
+    assert step == 3
+
+
+def test_two_ranks_keep_their_streams_and_one_that_is_missing_is_derived(tmp_path: Path) -> None:
+    run = ForeignRun()
+    run.train(3)
+    source = run.write(tmp_path / "old", "bin", ranks=2)
+    whole = read_foreign(str(source))
+    assert whole.ranks == 2 and whole.streams[0] == whole.streams[1]
+    (source / "rng_state_0.pth").unlink()
+    assert verify_foreign(str(source)).verdict == "PARTIAL"
+
+    imported(source, tmp_path / "run", fill=True)
+
+    manifest, _ = Catalog(LocalStorage(str(tmp_path / "run"))).read_manifest("step-0000000003.g0001")
+    assert manifest.world_size == 2
+    assert all(axes == ("rank",) for axes in manifest.rng.values())
+
+
+def test_an_import_goes_into_an_empty_place_only(tmp_path: Path) -> None:
+    run = ForeignRun()
+    run.train(3)
+    source = run.write(tmp_path / "old", "bin")
+    imported(source, tmp_path / "run")
+
+    with pytest.raises(ConfigError, match="another run"):
+        prepare_import(ImportRequest(str(source), str(tmp_path / "run")))
+    assert dckpt("import", source, tmp_path / "run", "--yes").exit_code == 2
+
+
+def test_the_command_shows_its_plan_and_asks(tmp_path: Path) -> None:
+    run = ForeignRun()
+    run.train(3)
+    source = run.write(tmp_path / "old", "bin")
+
+    shown = dckpt("import", source, tmp_path / "run", "--dry-run")
+    assert shown.exit_code == 0 and "moments of 13 parameters as AdamW" in shown.stdout
+    assert not (tmp_path / "run").exists()
+    assert dckpt("import", source, tmp_path / "run").exit_code == 2
+    done = dckpt("import", source, tmp_path / "run", "--yes")
+
+    assert done.exit_code == 0 and "step-0000000003.g0001 is committed" in done.stdout
+    assert dckpt("import", tmp_path / "nothing", tmp_path / "other", "--yes").exit_code == 3
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return (os.system, ("touch executed",))
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "pytorch_model.bin"])
+def test_nothing_in_a_file_is_executed(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = ForeignRun()
+    run.train(2)
+    source = run.write(tmp_path / "old", "bin")
+    torch.save({"state": Evil()}, source / name)
+
+    result = dckpt("verify", source)
+
+    assert result.exit_code == 4
+    assert "could execute" in result.stdout and "Nothing in a file is ever executed" in result.stdout
+    assert dckpt("import", source, tmp_path / "run", "--yes").exit_code == 4
+    assert not (tmp_path / "executed").exists() and not (tmp_path / "run").exists()
+
+
+def test_an_array_of_objects_is_not_read(tmp_path: Path) -> None:
+    torch.save({"numpy": np.array([Evil()], dtype=object)}, tmp_path / "x.pt")
+
+    with pytest.raises(CorruptCheckpointError):
+        read_pickled(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("size", [0, 10, 200, 5000])
+@pytest.mark.parametrize("name", ["optimizer.pt", "pytorch_model.bin", "model.safetensors", "trainer_state.json"])
+def test_a_file_that_is_cut_short_is_named(tmp_path: Path, name: str, size: int) -> None:
+    run = ForeignRun()
+    run.train(2)
+    source = run.write(tmp_path / "old", "safetensors" if name.endswith("safetensors") else "bin")
+    data = (source / name).read_bytes()
+    (source / name).write_bytes(data[: min(size, len(data) // 2)])
+
+    report = verify_foreign(str(source))
+
+    assert report.verdict == "CORRUPT"
+    assert name in report.damages[0]
+    assert dckpt("verify", source).exit_code == 4
+
+
+def test_a_missing_shard_of_the_weights_is_named(tmp_path: Path) -> None:
+    run = ForeignRun()
+    run.train(2)
+    source = run.write(tmp_path / "old", "sharded")
+    (source / "model-00002-of-00002.safetensors").unlink()
+
+    report = verify_foreign(str(source))
+
+    assert report.verdict == "CORRUPT"
+    assert "model-00002-of-00002.safetensors" in report.damages[0]
+
+
+def test_a_run_of_ours_is_not_taken_for_a_foreign_one(tmp_path: Path) -> None:
+    run = ForeignRun()
+    run.train(2)
+    imported(run.write(tmp_path / "old", "bin"), tmp_path / "run")
+
+    assert "step-0000000002.g0001" in dckpt("verify", tmp_path / "run").stdout
+
+
+def test_the_files_of_the_real_trainer_are_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Moments by name are those that the trainer's own optimizer has after its own load."""
+    missing = [name for name in ("transformers", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        pytest.skip(f"{' and '.join(missing)} not installed: the files are imitated in the other tests")
+    from tests.support.trainer import resume_imported, train
+
+    source, moments, rates = train(tmp_path)
+    imported(source, tmp_path / "run", batch=8)
+
+    found, found_rates, step = resume_imported(tmp_path / "run")
+
+    assert step == 4
+    assert found_rates == rates
+    assert found.keys() == moments.keys()
+    for name, value in moments.items():
+        assert torch.equal(found[name], value), name
+
+
+KILLED = """
+import os, signal, sys
+from dckpt import failpoint
+from dckpt.cli.main import main
+failpoint.arm({sys.argv.pop(1): lambda: os.kill(os.getpid(), signal.SIGKILL)})
+main()
+"""
+
+
+@pytest.mark.crash
+@pytest.mark.parametrize("point", ["mid_shard_write", "after_manifest", "after_generation"])
+def test_an_import_that_is_killed_is_as_if_it_had_not_been(tmp_path: Path, point: str) -> None:
+    run = ForeignRun()
+    run.train(2)
+    source = run.write(tmp_path / "old", "bin")
+    root = tmp_path / "run"
+
+    command = [sys.executable, "-c", KILLED, point, "import", str(source), str(root), "--yes"]
+    killed = subprocess.run(command, capture_output=True, timeout=60, check=False)
+
+    assert killed.returncode == -signal.SIGKILL
+    assert Catalog(LocalStorage(str(root))).checkpoints() == []
+    assert dckpt("import", source, root, "--yes").exit_code == 0
+    assert losses_after_resume(root, 1)[1] == 2

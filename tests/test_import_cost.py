@@ -9,9 +9,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import safetensors.numpy
 
-from dckpt.cli.main import COMMANDS
+from dckpt.cli.main import COMMANDS, MODULES
 from dckpt.storage.local import LocalStorage
 from tests.support.runs import training_tensors, write_checkpoint
 
@@ -71,11 +73,18 @@ def test_a_public_name_that_needs_tensors_does_import_torch() -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_no_command_imports_torch(command: str, long_run: Path) -> None:
     """Run to its end on a real run, not only imported."""
-    options = {
-        "prune": ["--last", "3", "--dry-run"],
-        "reshard": [str(long_run.parent / "new"), "--world-size", "3"],
-    }.get(command, [])
-    target = [str(long_run), *options]
+    run, foreign = str(long_run), long_run.parent / "foreign"
+    foreign.mkdir(exist_ok=True)
+    # Weights alone, without a file of torch.save: those cannot be read without torch.
+    safetensors.numpy.save_file({"weight": np.zeros((2, 2), np.float32)}, foreign / "model.safetensors")
+    target = {
+        "prune": [run, "--last", "3", "--dry-run"],
+        "pin": [f"{run}@10"],
+        "unpin": [f"{run}@10"],
+        "rollback": [run, "--to", "500", "--dry-run"],
+        "import": [str(foreign), str(long_run.parent / "imported"), "--dry-run"],
+        "reshard": [run, str(long_run.parent / "new"), "--world-size", "3"],
+    }.get(command, [run])
     code = (
         "import sys\n"
         f"sys.argv = ['dckpt', {command!r}, *{target!r}]\n"
@@ -84,7 +93,7 @@ def test_no_command_imports_torch(command: str, long_run: Path) -> None:
     )
     held = modules_after(code)
 
-    assert f"dckpt.cli.{command}" in held
+    assert f"dckpt.cli.{MODULES.get(command, command)}" in held
     assert not held & set(HEAVY)
 
 

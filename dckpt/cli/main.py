@@ -40,7 +40,7 @@ COMMANDS: dict[str, str] = {
 }
 
 # `import` is a word of the language and cannot be a function's name.
-_MODULES = {"import": "import_run"}
+MODULES = {"import": "import_run"}
 
 EXIT_CODES_HELP = """\b
 Exit codes:
@@ -63,7 +63,7 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002 - click's signature
         if cmd_name not in COMMANDS:
             return None
-        module = _MODULES.get(cmd_name, cmd_name)
+        module = MODULES.get(cmd_name, cmd_name)
         command = getattr(importlib.import_module(f"dckpt.cli.{module}"), module)
         assert isinstance(command, click.Command)
         return command

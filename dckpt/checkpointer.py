@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal
 
 from dckpt.catalog.catalog import Catalog
 from dckpt.catalog.retention import Retention
@@ -40,6 +40,7 @@ from dckpt.engine.reuse import REWRITE_EVERY
 from dckpt.engine.rng_restore import note_streams
 from dckpt.engine.saver import Saver
 from dckpt.engine.signals import SignalWatch
+from dckpt.engine.validation import Validation
 from dckpt.engine.worker import SaveThread
 from dckpt.errors import (
     CheckpointNotFoundError,
@@ -51,20 +52,15 @@ from dckpt.errors import (
 from dckpt.format.layout import CheckpointId
 from dckpt.ranks.coordination import Coordination
 from dckpt.ranks.topology import detect_topology
+from dckpt.resume.built import describe_built
+from dckpt.resume.facts.collect import FactCollector
 from dckpt.resume.report import LoadResult, ResumeReport
-from dckpt.resume.validator import validate
 from dckpt.state.progress import micro_batches
 from dckpt.state.train_state import TrainState
 from dckpt.storage.opening import open_storage
 
 log = logging.getLogger(__name__)
 
-LOG_LEVELS = {
-    "critical": logging.ERROR,
-    "warning": logging.WARNING,
-    "info": logging.INFO,
-    "not checked": logging.INFO,
-}
 LINGER_S = 20.0  # how long rank 0 stays reachable at the end, so that every rank learns the last outcome
 LINGER_AFTER_ERROR_S = 2.0  # when a rank leaves by an exception the others may never come to say goodbye
 
@@ -129,6 +125,9 @@ class Checkpointer:
             gate=gate,
         )
         self._loader = Loader(self._storage, self._coordination, self._topology)
+        self._facts = FactCollector(self._topology.world_size)
+        self._validation = Validation(self._storage, self._coordination, self._topology, self._facts)
+        self._resume_facts: dict[str, Any] = {}
         self._thread = SaveThread("dckpt-save")
         self._signals = SignalWatch(signals)
         self._cadence = Cadence(save, self._coordination, self._topology, self._signals, deadline_s=deadline_s)
@@ -329,6 +328,7 @@ class Checkpointer:
             metrics=plain_metrics(metrics),
             stores_gradients=micro_step > 0 and gradients == "store",
             is_blocking=is_blocking,
+            facts=self._resume_facts,
         )
 
     def _is_busy_anywhere(self, step: int) -> bool:
@@ -345,6 +345,10 @@ class Checkpointer:
         """Loads the newest good checkpoint of the run's current line into `state`, RNG last, and reports.
 
         None means a new run: the root has no checkpoint and no generation that continued one; that is announced.
+        Critical findings stop every rank with `ResumeRejectedError` unless `policy` allows them by name or a person at the
+        terminal lets them pass; then nothing can be saved until a resume or load succeeds. The report is kept as JSON in
+        `<root>/reports/`.
+
         Corruption that a second, uncached read confirmed walks back to the next older checkpoint; storage trouble and a
         state that does not fit are raised, and so is a run in which every candidate is damaged.
         """
@@ -357,26 +361,28 @@ class Checkpointer:
             if self._topology.is_coordinator:
                 announce_new_run(self._storage.locate(""), self._loader.observed_generation)
             return None
-        return self._tell(state, loaded.result)
-
-    def _resume(self, state: TrainState, options: LoadOptions, *, call: str) -> Loaded | None:
-        loaded = self._load(state, lambda catalog: catalog.line(), options, call=call)
-        if loaded is not None:
-            self._adopt(state, loaded, "walk-back" if loaded.result.damaged else "resume")
-        return loaded
-
-    def _tell(self, state: TrainState, loaded: LoadResult) -> ResumeReport:
-        report = self.validate(state, loaded)
-        if self._topology.is_coordinator:
-            log.info("%s", report.summary())
-            for finding in report.findings:
-                log.log(LOG_LEVELS[finding.severity], "%s: %s", finding.severity, finding.message)
+        report = self._accept(state, loaded, chosen)
         # A run that is finished already is not trained past its end.
         self._is_over = state.progress is not None and state.progress.done
         return report
 
+    def _resume(self, state: TrainState, options: LoadOptions, *, call: str) -> Loaded | None:
+        return self._load(state, lambda catalog: catalog.line(), options, call=call)
+
+    def _accept(self, state: TrainState, loaded: Loaded, policy: ResumePolicy) -> ResumeReport:
+        report, facts = self._validation.accept(state, loaded.result, policy)
+        # Only now: a resume that was refused is none, and nothing may be saved on top of it.
+        self._adopt(state, loaded, "walk-back" if loaded.result.damaged else "resume")
+        self._resume_facts = {"resumed": facts}
+        return report
+
     def start_leg(
-        self, state: TrainState, scheduler: Literal["keep", "fresh"] = "keep", *, name: str | None = None
+        self,
+        state: TrainState,
+        scheduler: Literal["keep", "fresh"] = "keep",
+        *,
+        name: str | None = None,
+        policy: ResumePolicy | None = None,
     ) -> bool:
         """Begins a new leg of the run, usually on other data; call it in place of `resume`, or after it, `load` or training.
 
@@ -386,7 +392,8 @@ class Checkpointer:
         checkpoint before it; retention keeps that one, the end of the leg before.
 
         name: makes the call safe to repeat, as in a job that is started again: if the newest checkpoint belongs to the leg of
-        this name, the run is resumed inside of it. True if a leg has begun, False if it was resumed.
+        this name, the run is resumed inside of it. True if a leg has begun, False if it was resumed. policy: as for `resume`;
+        what a new leg changes on purpose (data, batch, work that remains) is no finding when it begins.
         """
         leg = NewLeg(name, scheduler)
         progress = ensure_able(state, leg)
@@ -401,8 +408,8 @@ class Checkpointer:
             loaded = self._resume(state, LoadOptions(walk_back=True, is_resume=True, leg=leg), call="start_leg(state)")
             if loaded is None:
                 raise nothing_to_continue(self._storage.locate(""))
+            self._accept(state, loaded, policy or ResumePolicy())
             if not loaded.result.begins_leg:
-                self._tell(state, loaded.result)
                 return False
             end = loaded.identity
         begin_leg(state, progress, leg, end, is_told=self._topology.is_coordinator)
@@ -436,8 +443,9 @@ class Checkpointer:
         return loaded.result
 
     def validate(self, state: TrainState, loaded: LoadResult) -> ResumeReport:
-        """Compares the loaded checkpoint's facts with the live run; touches nothing, the same on every rank."""
-        return validate(state, loaded, self._topology.world_size)
+        """Compares what was loaded with the live run; changes nothing. Every rank calls it, all get the same report."""
+        self._ensure_open()
+        return self._validation.run(state, loaded)
 
     def _load(
         self,
@@ -449,7 +457,9 @@ class Checkpointer:
     ) -> Loaded | None:
         self._ensure_open()
         self._wait_in_flight()
-        return self._loader.load(state, select, options, call=call)
+        built = describe_built(state, self._facts)
+        loaded = self._loader.load(state, select, options, call=call)
+        return None if loaded is None else replace(loaded, result=replace(loaded.result, built=built))
 
     def _adopt(self, state: TrainState, loaded: Loaded, reason: Literal["resume", "walk-back", "load"]) -> None:
         result = loaded.result

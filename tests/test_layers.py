@@ -52,6 +52,8 @@ TORCH_FREE = (
 )
 TORCH_FREE_FILES = tuple(f"dckpt/data/{name}.py" for name in ("fingerprint", "order", "position", "split"))
 """Of packages that may import torch: what commands use that must not."""
+TORCH_FREE_FOLDERS = ("dckpt/resume/checks/",)
+"""Folders of packages that do import torch elsewhere."""
 TORCH_ALLOWED: dict[str, str] = {
     "dckpt/tools/foreign_torch.py": "reads files of torch.save, with weights_only, inside functions that only such files need",
 }

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from dckpt.engine.job import SaveRequest
 from dckpt.engine.local_state import LocalState
@@ -12,7 +13,7 @@ from dckpt.format.manifest import FileEntry, Manifest, Mesh
 from dckpt.planning.layout import Layout
 from dckpt.planning.streams import SHARED_FACT, classify_streams
 from dckpt.planning.ticket import Ticket
-from dckpt.resume.facts import collect_facts, writer_versions
+from dckpt.resume.facts.environment import writer_versions
 from dckpt.state.train_state import TrainState
 
 
@@ -23,6 +24,7 @@ def describe_checkpoint(
     tickets: Sequence[Ticket],
     state: TrainState,
     *,
+    facts: Mapping[str, Any],
     run_id: str,
     generation: int,
     attempt: str,
@@ -34,7 +36,7 @@ def describe_checkpoint(
     parts, aliases = local.captured.parts, dict(local.captured.aliases)
     rng = classify_streams([ticket.rng for ticket in tickets], [ticket.coordinates for ticket in tickets])
     coordinates = tuple(tuple(ticket.coordinates.values()) for ticket in tickets) if mesh else None
-    created, facts, metrics = time.time(), collect_facts(state), dict(request.metrics)
+    created, facts, metrics = time.time(), dict(facts), dict(request.metrics)
     if state.rng_remaps:
         facts[REMAPS_FACT] = state.rng_remaps
     if state.rng_shared and len(tickets) == 1:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from dckpt.blocks.source import FileSource
 from dckpt.catalog.transaction import Transaction
@@ -92,4 +93,5 @@ class SaveRequest:
     metrics: Mapping[str, float]
     refusal: ConfigError | None = None  # why this rank cannot save; all ranks raise it together
     stores_gradients: bool = False  # in the middle of an accumulation
+    facts: Mapping[str, Any] = field(default_factory=dict)  # what the manifest says besides the facts of the state
     is_blocking: bool = False  # the caller waits for the outcome: the state needs no image

@@ -38,6 +38,7 @@ from dckpt.ranks.session import Session
 from dckpt.ranks.topology import Topology
 from dckpt.resume.fingerprints import SavedFingerprints
 from dckpt.resume.report import LoadResult
+from dckpt.state.gradients import clear_gradients
 from dckpt.state.records import RestorePlan
 from dckpt.state.train_state import TrainState
 from dckpt.storage.base import Storage
@@ -229,7 +230,7 @@ class Loader:
             verdict = self._vote(session, f"read-{number}", {}, failure, _decide_corrupt)
             if "corrupt" in verdict:
                 return _corrupt(verdict)
-            failure = self._apply(state, candidate)
+            failure = self._apply(state, candidate, is_resume=options.is_resume)
             verdict = self._vote(session, f"apply-{number}", {}, failure, _decide_corrupt)
             if "corrupt" in verdict:
                 return _corrupt(verdict)
@@ -356,8 +357,11 @@ class Loader:
             return error
         return None
 
-    def _apply(self, state: TrainState, candidate: _Candidate) -> Exception | None:
+    def _apply(self, state: TrainState, candidate: _Candidate, *, is_resume: bool) -> Exception | None:
         try:
+            if is_resume:
+                # What an earlier step left over is no part of the state; a checkpoint's own gradients come with the plan.
+                clear_gradients(state.models())
             candidate.plan.apply()
             # RNG comes last: building iterators or stepping schedulers above may have drawn from the streams.
             state.restore_rng(candidate.rng.streams)

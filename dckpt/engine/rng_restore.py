@@ -88,7 +88,7 @@ def _remap_of(result: LoadResult, world_size: int) -> dict[str, Any] | None:
     if not changed:
         return None
     return {
-        "checkpoint": result.checkpoint,
+        "resumed_from": result.checkpoint,  # "checkpoint" is the key of a file that lies elsewhere
         "manifest_sha256": result.manifest_sha256,
         "saved_by": result.manifest.world_size,
         "continued_by": world_size,

@@ -46,6 +46,7 @@ from dckpt.ranks.coordination import Coordination
 from dckpt.ranks.messages import format_ranks
 from dckpt.ranks.session import Session
 from dckpt.ranks.topology import Topology
+from dckpt.resume.facts.collect import FactCollector
 from dckpt.state.naming import storage_address
 from dckpt.state.train_state import TrainState
 from dckpt.storage.base import Storage
@@ -84,6 +85,7 @@ class Saver:
         )
         self._deferred: DeferredCopies | None = None
         self._saves = 0
+        self._facts = FactCollector(topology.world_size)
         self.lineage = Lineage(storage)
 
     def warm(self, state: TrainState) -> None:
@@ -335,6 +337,7 @@ class Saver:
             known.decision.layout,
             tickets,
             state,
+            facts={**self._facts.collect(state, local.captured), **request.facts},
             run_id=self.lineage.run_id,
             generation=generation,
             attempt=attempt,

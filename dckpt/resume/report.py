@@ -36,6 +36,8 @@ class LoadResult:
     begins_leg: bool = False
     bytes_read: int = 0
     fingerprints: SavedFingerprints | None = field(default=None, repr=False, compare=False)
+    built: Any = field(default=None, repr=False, compare=False)
+    """The run as the program built it, before the load (`dckpt.resume.built.BuiltRun`)."""
 
     def __str__(self) -> str:
         return f"{self.checkpoint}: step {self.step}, parts: {', '.join(self.parts) or 'none'}"
@@ -48,6 +50,9 @@ class ResumeReport:
     loaded: LoadResult
     world_size: int
     findings: tuple[Finding, ...] = field(default=())
+    passed: int = 0
+    seconds: float = 0.0
+    """How long the validation took on rank 0."""
 
     @property
     def step(self) -> int | None:
@@ -58,6 +63,21 @@ class ResumeReport:
     def critical(self) -> tuple[Finding, ...]:
         """The findings that say: do not continue like this."""
         return tuple(finding for finding in self.findings if finding.severity == "critical")
+
+    @property
+    def warnings(self) -> tuple[Finding, ...]:
+        """The findings that a person should read."""
+        return tuple(finding for finding in self.findings if finding.severity == "warning")
+
+    @property
+    def not_checked(self) -> tuple[Finding, ...]:
+        """What could not be compared, because a fact is missing; neither good nor bad."""
+        return tuple(finding for finding in self.findings if finding.severity == "not checked")
+
+    @property
+    def exit_code(self) -> int:
+        """0: nothing to say. 1: warnings. 2: critical findings."""
+        return 2 if self.critical else 1 if self.warnings else 0
 
     def summary(self) -> str:
         """One line on what was loaded."""
@@ -70,10 +90,27 @@ class ResumeReport:
         return self.text()
 
     def text(self) -> str:
-        """The report for people: a line on what was loaded, then one line a finding."""
-        lines = [self.summary()]
-        lines += [f"  {finding.severity}: {finding.message}" for finding in self.findings]
+        """The report for people: what was loaded, the count of checks, each finding, and what could not be checked."""
+        lines = [self.summary(), f"  {self.counts()}"]
+        lines += [
+            f"  {finding.severity.upper()} [{finding.check}] {finding.message}"
+            for finding in self.findings
+            if finding.severity != "not checked"
+        ]
+        if self.not_checked:
+            names = dict.fromkeys(finding.check for finding in self.not_checked)
+            lines.append(f"  not checked, for lack of a fact: {', '.join(names)}")
+        if self.findings:
+            lines.append("  `dckpt explain CHECK` says what a check means, what it needs, and what to do.")
         return "\n".join(lines)
+
+    def counts(self) -> str:
+        """One line: how many checks passed, and how many findings of each kind."""
+        infos = len(self.findings) - len(self.critical) - len(self.warnings) - len(self.not_checked)
+        return (
+            f"{self.passed} checks passed, {len(self.critical)} critical, {len(self.warnings)} warnings, "
+            f"{infos} notes, {len(self.not_checked)} not checked ({self.seconds:.2f} s)"
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The same as plain JSON."""
@@ -91,5 +128,7 @@ class ResumeReport:
             "rng": dict(loaded.rng),
             "damaged": list(loaded.damaged),
             "carried_from_rank_0": list(loaded.carried_from_rank_0),
+            "passed": self.passed,
+            "seconds": round(self.seconds, 3),
             "findings": [finding.to_json() for finding in self.findings],
         }

@@ -102,6 +102,12 @@ def _hidden(where: str, by: str) -> str:
     return f"{where}: gradients were not reduced yet ({by}), and FSDP2 keeps them to itself until they are"
 
 
+def clear_gradients(modules: Mapping[str, nn.Module]) -> None:
+    """No parameter has a gradient: what a state was that was saved between two steps."""
+    for param in parameters_by_name(modules).values():
+        param.grad = None
+
+
 def plan_gradients(modules: Mapping[str, nn.Module], record: Any, planner: Planner, *, converts: bool) -> None:
     """Plan that the parameters have exactly the saved gradients, and the others none. `converts`: to the live dtype."""
     params = parameters_by_name(modules)
@@ -121,8 +127,7 @@ def plan_gradients(modules: Mapping[str, nn.Module], record: Any, planner: Plann
         planner.unexpected(left, "in the checkpoint, and its values do not name it")
 
     def attach() -> None:
-        for param in params.values():
-            param.grad = None
+        clear_gradients(modules)
         for param, grad in grads:
             param.grad = grad.to(param.dtype) if converts else grad
 

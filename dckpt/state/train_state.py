@@ -229,7 +229,7 @@ class TrainState:
 
     def _capture_optimizers(self, collected: Collected) -> dict[str, Any]:
         records: dict[str, Any] = {}
-        for key, state in self._optimizer_states().items():
+        for key, state in self.optimizer_states().items():
             tensors, records[key] = optimizer_state.capture_optimizer(state)
             collected.tensors += tensors
         return {"is_mapping": isinstance(self.optimizer, Mapping), "optimizers": records}
@@ -355,7 +355,7 @@ class TrainState:
             return []
         saved = planner.field(record, "optimizers", dict, component="optim")
         plans: list[OptimizerPlan] = []
-        states = self._optimizer_states()
+        states = self.optimizer_states()
         for key, state in states.items():
             if key not in saved:
                 planner.missing(state.prefix, "an optimizer of the TrainState, not in the checkpoint")
@@ -408,7 +408,12 @@ class TrainState:
     def _components(self) -> list[str]:
         return [*(["optim"] if self._optimizers else []), *self._holders()]
 
-    def _optimizer_states(self) -> dict[str, OptimizerState]:
+    def models(self) -> dict[str, nn.Module]:
+        """Prefix of its names ("" or "<key>.") -> model."""
+        return dict(self._models)
+
+    def optimizer_states(self) -> dict[str, OptimizerState]:
+        """Key ("" for a single one) -> optimizer, with the names of its parameters."""
         names = model_state.parameter_names(self._models)
         replicated: frozenset[int] = frozenset()
         for module in self._models.values():

@@ -90,7 +90,7 @@ class SmallRun:
         self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, step_size=3, gamma=0.9)
         self.data = DataPosition()
         self.progress = dckpt.TrainProgress(
-            max_steps=10**6, batch=dckpt.Batch(micro=4, accumulation=1, data_parallel=world_size)
+            max_steps=10**6, batch=dckpt.Batch(micro=24 // world_size, data_parallel=world_size)
         )
         self.state = dckpt.TrainState(
             model=self.model,

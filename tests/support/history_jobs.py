@@ -29,9 +29,9 @@ class Small:
 
     def train(self, steps: int) -> None:
         for _ in range(steps):
-            self.optimizer.zero_grad()
             (self.mark * self.model(torch.ones(1, 3)).sum()).backward()
             self.optimizer.step()
+            self.optimizer.zero_grad()
             self.progress.advance(loss=1.0)
 
     @property

@@ -123,7 +123,7 @@ class Run:
         )
         self.scheduler = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, milestones=[3, 3, 7], gamma=0.5)
         self.progress = dckpt.TrainProgress(
-            max_steps=steps, batch=dckpt.Batch(micro=4, accumulation=1, data_parallel=world_size)
+            max_steps=steps, batch=dckpt.Batch(micro=24 // world_size, data_parallel=world_size)
         )
         self.notes = {"tags": ("a", 1), 3: [1.5, None], "inner": {"deep": torch.arange(5)}}
         self.state = dckpt.TrainState(

@@ -29,7 +29,7 @@ def resume_and_draw(rank: int, world_size: int, root: str, kind: Kind) -> tuple[
         assert report is not None
         found = digests(run.state)
         drawn = [random.random(), float(np.random.rand()), *torch.rand(3).tolist()]
-        return found, drawn, sorted(finding.check for finding in report.findings)
+        return found, drawn, sorted(finding.check for finding in report.findings if finding.severity != "not checked")
 
 
 def resume_train_and_save(rank: int, world_size: int, root: str, kind: Kind) -> tuple[list[float], str]:

@@ -54,7 +54,7 @@ class FineTuning:
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=0.01, foreach=False)
         self.progress = dckpt.TrainProgress(
-            max_steps=1000, batch=dckpt.Batch(micro=1, accumulation=1, data_parallel=world_size)
+            max_steps=1000, batch=dckpt.Batch(micro=24 // world_size, data_parallel=world_size)
         )
         self.state = dckpt.TrainState(model=self.model, optimizer=self.optimizer, progress=self.progress)
         self.width = width

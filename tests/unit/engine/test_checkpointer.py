@@ -245,11 +245,15 @@ def test_a_finished_run_that_is_started_again_keeps_its_last_checkpoint(tmp_path
             checkpointer.step(loop.state)
     again = Loop(max_steps=2)
     with dckpt.Checkpointer(tmp_path / "run", signals=()) as checkpointer:
-        report = checkpointer.resume(again.state)
+        with pytest.raises(dckpt.ResumeRejectedError, match="no work remains"):
+            checkpointer.resume(again.state)
+        with pytest.raises(dckpt.ConfigError, match=r"call checkpointer\.resume"):
+            checkpointer.save(again.state)
+        report = checkpointer.resume(again.state, policy=dckpt.ResumePolicy(allow=("work_remains",)))
         again.step()
 
         assert report is not None
-        assert [finding.check for finding in report.critical] == ["work_remains"]
+        assert [finding.check for finding in report.warnings] == ["work_remains"]
         assert checkpointer.step(again.state) is dckpt.Stop
         assert checkpointer.steps() == [2]
 

@@ -1,0 +1,209 @@
+"""The validation of a resume over all ranks: each contributes what it found, the coordinator judges, all hear the same."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from dckpt.catalog.catalog import Catalog
+from dckpt.engine.attempt import MESSAGE_BYTES_MAX
+from dckpt.engine.fingerprints import compare_fingerprints
+from dckpt.engine.resume_policy import ResumePolicy
+from dckpt.engine.resuming import decide, keep_report, log_report, resume_facts
+from dckpt.errors import DckptError
+from dckpt.format.checksum import digest_bytes
+from dckpt.format.values import dump_json, load_json
+from dckpt.ranks.coordination import Coordination
+from dckpt.ranks.session import Session
+from dckpt.ranks.topology import Topology
+from dckpt.resume.facts.collect import FactCollector
+from dckpt.resume.facts.ranks import rank_facts
+from dckpt.resume.report import LoadResult, ResumeReport
+from dckpt.resume.validator import findings_from_json, judge
+from dckpt.state.train_state import TrainState
+from dckpt.storage.base import Storage
+
+SHARED_SECTIONS = ("modes", "unsaved_buffers", "tied", "optim", "steps", "scheduler", "scaler")
+"""Sections that are usually equal on all ranks: they travel as digests first, and in full only from ranks that differ."""
+
+
+@dataclass
+class Validation:
+    """Validates loads of one run, on every rank together. Reads every tensor; changes no state and no random stream."""
+
+    storage: Storage
+    coordination: Coordination
+    topology: Topology
+    collector: FactCollector
+    count: int = field(default=0, init=False)
+
+    def run(self, state: TrainState, loaded: LoadResult, *, allowed: frozenset[str] = frozenset()) -> ResumeReport:
+        """The report, the same on every rank. Raises the same error on every rank if one of them cannot contribute."""
+        started = time.monotonic()
+        self.count += 1
+        what = f"validate(state) of {loaded.checkpoint}"
+        session = self.coordination.session(f"validate-{self.count}", what=what, call=what)
+        try:
+            ranks, current = self._gather(state, loaded, session)
+            load = self._compare(state, loaded, session)
+            answer = session.exchange(
+                "verdict", b"", lambda _: self._judge(loaded, ranks, current, load, allowed, started)
+            )
+        finally:
+            session.close()
+        record = load_json(answer, key="verdict of the coordinator", limit=MESSAGE_BYTES_MAX)
+        return ResumeReport(
+            loaded,
+            self.topology.world_size,
+            findings_from_json(record["findings"]),
+            record["passed"],
+            record["seconds"],
+        )
+
+    def accept(
+        self, state: TrainState, loaded: LoadResult, policy: ResumePolicy
+    ) -> tuple[ResumeReport, dict[str, Any]]:
+        """Validates, tells and keeps the report; returns it, and what later manifests say of it, if training may start.
+
+        Raises `ResumeRejectedError` on every rank if a critical finding is neither allowed nor let pass by a person.
+        """
+        allowed = frozenset(policy.allow)
+        report = self.run(state, loaded, allowed=allowed)
+        if self.topology.is_coordinator:
+            log_report(report)
+            keep_report(self.storage, report)
+        let_pass = decide(report, self.coordination, self.topology, countdown_s=policy.countdown_s, number=self.count)
+        return report, resume_facts(report, allowed, let_pass)
+
+    def _gather(
+        self, state: TrainState, loaded: LoadResult, session: Session
+    ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """On the coordinator: what each rank found, and the facts of the live run; elsewhere nothing."""
+        own: dict[str, Any] = {}
+        current: dict[str, Any] = {}
+        failure: Exception | None = None
+        try:
+            current = self.collector.collect(state, state.capture())
+            own = rank_facts(state, loaded, current["model"])
+        except Exception as error:  # noqa: BLE001 - it travels to all ranks, which raise it together
+            failure = error
+        found: list[dict[str, Any]] = []
+
+        def compare(payloads: list[bytes]) -> bytes:
+            found.extend(_parse(payload) for payload in payloads)
+            mine = found[0]["digests"]
+            wanted = {
+                str(rank): [name for name in SHARED_SECTIONS if record["digests"][name] != mine[name]]
+                for rank, record in enumerate(found)
+            }
+            return dump_json({rank: names for rank, names in wanted.items() if names})
+
+        brief = {name: value for name, value in own.items() if name not in SHARED_SECTIONS}
+        brief["digests"] = {name: digest_bytes(dump_json(own.get(name))) for name in SHARED_SECTIONS}
+        wanted = _parse(session.exchange("facts", dump_json(brief, limit=MESSAGE_BYTES_MAX), compare, error=failure))
+        if wanted:
+            mine = {name: own[name] for name in wanted.get(str(self.topology.rank), ())}
+
+            def take(payloads: list[bytes]) -> bytes:
+                for record, payload in zip(found, payloads, strict=True):
+                    record.update(_parse(payload))
+                return b""
+
+            session.exchange("details", dump_json(mine, limit=MESSAGE_BYTES_MAX), take)
+        shared = {name: own[name] for name in SHARED_SECTIONS}
+        return [{**shared, **record} for record in found], current
+
+    def _compare(self, state: TrainState, loaded: LoadResult, session: Session) -> dict[str, Any]:
+        """Facts about the load that take several ranks to find, or what the load alone knows."""
+        compared = compare_fingerprints(state, loaded, session.exchange, self.topology, on_bytes=self._beat(session))
+        found: dict[str, Any] = {
+            "fingerprints": {
+                "differing": list(compared.differ),
+                "drifted": dict(compared.drifted),
+                "checked": compared.num_checked,
+                "without": list(compared.without),
+                "reason": compared.reason,
+            }
+        }
+        built = loaded.built
+        if built is not None:
+            counters = {
+                key: item.get("last_epoch") for key, item in (loaded.manifest.facts.get("scheduler") or {}).items()
+            }
+            found["planned_rates"] = built.planned_rates(counters)
+        return found
+
+    @staticmethod
+    def _beat(session: Session) -> Callable[[int], None]:
+        done = 0
+
+        def on_bytes(count: int) -> None:
+            nonlocal done
+            done += count
+            session.beat(done)
+
+        return on_bytes
+
+    def _judge(
+        self,
+        loaded: LoadResult,
+        ranks: list[dict[str, Any]],
+        current: Mapping[str, Any],
+        load: Mapping[str, Any],
+        allowed: frozenset[str],
+        started: float,
+    ) -> bytes:
+        report = judge(
+            loaded,
+            world_size=self.topology.world_size,
+            current=current,
+            ranks=ranks,
+            load=load,
+            storage=storage_facts(self.storage, loaded),
+            allowed=allowed,
+        )
+        report = replace(report, seconds=time.monotonic() - started)
+        return dump_json(
+            {
+                "findings": [finding.to_json() for finding in report.findings],
+                "passed": report.passed,
+                "seconds": report.seconds,
+            },
+            limit=MESSAGE_BYTES_MAX,
+        )
+
+
+def storage_facts(storage: Storage, loaded: LoadResult) -> dict[str, Any]:
+    """History and room; what the storage does not tell is left out."""
+    found: dict[str, Any] = {}
+    try:
+        catalog = Catalog(storage)
+        line = catalog.trace()
+        found["lineage"] = {
+            "notes": list(line.notes),
+            "siblings": [
+                item.name
+                for item in line.superseded
+                if item.step == loaded.step and item.generation > loaded.generation
+            ],
+        }
+        size = sum(entry.size for entry in loaded.manifest.files if entry.checkpoint is None)
+        found["space"] = {"free": storage.free_bytes(), "checkpoint_bytes": size, "read_only": _read_only(storage)}
+    except DckptError:
+        return found
+    return found
+
+
+def _read_only(storage: Storage) -> str:
+    try:
+        storage.ensure_writable()
+    except DckptError as error:
+        return str(error)
+    return ""
+
+
+def _parse(data: bytes) -> dict[str, Any]:
+    record: dict[str, Any] = load_json(data, key="facts of a rank", limit=MESSAGE_BYTES_MAX)
+    return record

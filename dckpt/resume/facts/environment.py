@@ -1,0 +1,123 @@
+"""Facts about code, libraries, hardware and the switches that decide how numbers are computed."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from dckpt.state.naming import loaded_class
+from dckpt.version import __version__
+
+log = logging.getLogger(__name__)
+
+GIT_S_MAX = 10.0
+
+
+def writer_versions() -> dict[str, str]:
+    """Versions of what wrote the checkpoint."""
+    return {
+        "dckpt": __version__,
+        "torch": str(torch.__version__),
+        "numpy": str(np.__version__),
+        "python": platform.python_version(),
+    }
+
+
+@functools.cache
+def library_facts() -> dict[str, str]:
+    """Versions of what computes, and the device's architecture; what is not there is left out."""
+    found = {**writer_versions(), "cuda": torch.version.cuda or ""}
+    if torch.cuda.is_available():
+        found["cudnn"] = str(torch.backends.cudnn.version() or "")  # type: ignore[no-untyped-call]
+        found["nccl"] = ".".join(str(part) for part in torch.cuda.nccl.version())  # type: ignore[no-untyped-call]
+        found["gpu"] = torch.cuda.get_device_name()
+    return {name: value for name, value in found.items() if value}
+
+
+def precision_facts(models: Mapping[str, nn.Module]) -> dict[str, Any]:
+    """Switches that change results without changing a name or a shape."""
+    return {
+        "default_dtype": str(torch.get_default_dtype()),
+        "matmul": torch.get_float32_matmul_precision(),
+        "cudnn_tf32": bool(torch.backends.cudnn.allow_tf32),
+        "cudnn_benchmark": bool(torch.backends.cudnn.benchmark),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "autocast": str(torch.get_autocast_dtype("cuda" if torch.cuda.is_available() else "cpu"))
+        if torch.is_autocast_enabled("cuda" if torch.cuda.is_available() else "cpu")
+        else "",
+        "compiled": sorted(prefix for prefix, model in models.items() if _is_compiled(model)),
+        "fsdp": _fsdp_policies(models),
+    }
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    optimized = loaded_class("torch._dynamo.eval_frame", "OptimizedModule")
+    is_wrapped = optimized is not None and any(isinstance(module, optimized) for module in model.modules())
+    return is_wrapped or getattr(model, "_compiled_call_impl", None) is not None
+
+
+def _fsdp_policies(models: Mapping[str, nn.Module]) -> list[str]:
+    """The mixed-precision policies of FSDP2 in use. torch has no public way to ask; without it they are not compared."""
+    found: set[str] = set()
+    for model in models.values():
+        for module in model.modules():
+            state = getattr(module, "_get_fsdp_state", None)
+            policy = getattr(state(), "_mp_policy", None) if callable(state) else None
+            dtypes = [getattr(policy, name, None) for name in ("param_dtype", "reduce_dtype", "output_dtype")]
+            if any(dtype is not None for dtype in dtypes):
+                found.add(", ".join(str(dtype) for dtype in dtypes))
+    return sorted(found)
+
+
+def world_facts(mesh: DeviceMesh | None, world_size: int) -> dict[str, Any]:
+    """How many ranks, and how they are arranged."""
+    if mesh is None:
+        return {"size": world_size, "mesh": None}
+    names = mesh.mesh_dim_names or tuple(f"dim{i}" for i in range(mesh.ndim))
+    return {"size": world_size, "mesh": dict(zip(names, mesh.shape, strict=True))}
+
+
+@functools.cache
+def code_facts() -> dict[str, str]:
+    """The program that trains: its file, a digest of it, and the commit and uncommitted changes of its git work tree.
+
+    Asked once for a process. What cannot be found out is left out: no git, no work tree, an interactive session.
+    """
+    main = getattr(sys.modules.get("__main__"), "__file__", None)
+    place = Path(main).resolve() if main else None
+    if place is None or not place.is_file():
+        return {}
+    found = {"script": place.name, "script_digest": hashlib.blake2b(place.read_bytes(), digest_size=16).hexdigest()}
+    commit = _git(place.parent, "rev-parse", "HEAD")
+    if commit is not None:
+        found["commit"] = commit.decode().strip()
+        changes = _git(place.parent, "diff", "HEAD")
+        if changes:
+            found["changes"] = hashlib.blake2b(changes, digest_size=16).hexdigest()
+    return found
+
+
+def _git(directory: Path, *arguments: str) -> bytes | None:
+    try:
+        done = subprocess.run(
+            ["git", "--no-optional-locks", "-C", str(directory), *arguments],
+            capture_output=True,
+            timeout=GIT_S_MAX,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        log.debug("code version not found out: %s", error)
+        return None
+    return done.stdout if done.returncode == 0 else None

@@ -369,8 +369,10 @@ class Checkpointer:
     def _resume(self, state: TrainState, options: LoadOptions, *, call: str) -> Loaded | None:
         return self._load(state, lambda catalog: catalog.line(), options, call=call)
 
-    def _accept(self, state: TrainState, loaded: Loaded, policy: ResumePolicy) -> ResumeReport:
-        report, facts = self._validation.accept(state, loaded.result, policy)
+    def _accept(
+        self, state: TrainState, loaded: Loaded, policy: ResumePolicy, leg: NewLeg | None = None
+    ) -> ResumeReport:
+        report, facts = self._validation.accept(state, loaded.result, policy, leg)
         # Only now: a resume that was refused is none, and nothing may be saved on top of it.
         self._adopt(state, loaded, "walk-back" if loaded.result.damaged else "resume")
         self._resume_facts = {"resumed": facts}
@@ -408,7 +410,7 @@ class Checkpointer:
             loaded = self._resume(state, LoadOptions(walk_back=True, is_resume=True, leg=leg), call="start_leg(state)")
             if loaded is None:
                 raise nothing_to_continue(self._storage.locate(""))
-            self._accept(state, loaded, policy or ResumePolicy())
+            self._accept(state, loaded, policy or ResumePolicy(), leg)
             if not loaded.result.begins_leg:
                 return False
             end = loaded.identity

@@ -10,6 +10,7 @@ from typing import Any
 from dckpt.catalog.catalog import Catalog
 from dckpt.engine.attempt import MESSAGE_BYTES_MAX
 from dckpt.engine.fingerprints import compare_fingerprints
+from dckpt.engine.legs import NewLeg
 from dckpt.engine.resume_policy import ResumePolicy
 from dckpt.engine.resuming import decide, keep_report, log_report, resume_facts
 from dckpt.errors import DckptError
@@ -18,6 +19,7 @@ from dckpt.format.values import dump_json, load_json
 from dckpt.ranks.coordination import Coordination
 from dckpt.ranks.session import Session
 from dckpt.ranks.topology import Topology
+from dckpt.resume.checks.registry import CHANGED_BY_A_LEG, CHANGED_BY_A_SCHEDULE
 from dckpt.resume.facts.collect import FactCollector
 from dckpt.resume.facts.ranks import rank_facts
 from dckpt.resume.report import LoadResult, ResumeReport
@@ -39,7 +41,14 @@ class Validation:
     collector: FactCollector
     count: int = field(default=0, init=False)
 
-    def run(self, state: TrainState, loaded: LoadResult, *, allowed: frozenset[str] = frozenset()) -> ResumeReport:
+    def run(
+        self,
+        state: TrainState,
+        loaded: LoadResult,
+        *,
+        allowed: frozenset[str] = frozenset(),
+        without: frozenset[str] = frozenset(),
+    ) -> ResumeReport:
         """The report, the same on every rank. Raises the same error on every rank if one of them cannot contribute."""
         started = time.monotonic()
         self.count += 1
@@ -49,7 +58,7 @@ class Validation:
             ranks, current = self._gather(state, loaded, session)
             load = self._compare(state, loaded, session)
             answer = session.exchange(
-                "verdict", b"", lambda _: self._judge(loaded, ranks, current, load, allowed, started)
+                "verdict", b"", lambda _: self._judge(loaded, ranks, current, load, (allowed, without), started)
             )
         finally:
             session.close()
@@ -63,14 +72,17 @@ class Validation:
         )
 
     def accept(
-        self, state: TrainState, loaded: LoadResult, policy: ResumePolicy
+        self, state: TrainState, loaded: LoadResult, policy: ResumePolicy, leg: NewLeg | None = None
     ) -> tuple[ResumeReport, dict[str, Any]]:
         """Validates, tells and keeps the report; returns it, and what later manifests say of it, if training may start.
 
         Raises `ResumeRejectedError` on every rank if a critical finding is neither allowed nor let pass by a person.
         """
         allowed = frozenset(policy.allow)
-        report = self.run(state, loaded, allowed=allowed)
+        without: frozenset[str] = frozenset()
+        if leg is not None and loaded.begins_leg:
+            without = CHANGED_BY_A_LEG | (CHANGED_BY_A_SCHEDULE if leg.scheduler == "fresh" else frozenset())
+        report = self.run(state, loaded, allowed=allowed, without=without)
         if self.topology.is_coordinator:
             log_report(report)
             keep_report(self.storage, report)
@@ -152,7 +164,7 @@ class Validation:
         ranks: list[dict[str, Any]],
         current: Mapping[str, Any],
         load: Mapping[str, Any],
-        allowed: frozenset[str],
+        excused: tuple[frozenset[str], frozenset[str]],
         started: float,
     ) -> bytes:
         report = judge(
@@ -162,7 +174,8 @@ class Validation:
             ranks=ranks,
             load=load,
             storage=storage_facts(self.storage, loaded),
-            allowed=allowed,
+            allowed=excused[0],
+            without=excused[1],
         )
         report = replace(report, seconds=time.monotonic() - started)
         return dump_json(

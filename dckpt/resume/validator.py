@@ -10,7 +10,7 @@ from dckpt.findings import Finding
 from dckpt.format.accumulation import GRADIENTS
 from dckpt.format.manifest import Manifest
 from dckpt.resume.checks.base import Evidence
-from dckpt.resume.checks.registry import CHANGED_BY_A_LEG, run_checks
+from dckpt.resume.checks.registry import run_checks
 from dckpt.resume.report import LoadResult, ResumeReport
 
 
@@ -56,10 +56,11 @@ def judge(
     load: Mapping[str, Any] | None = None,
     storage: Mapping[str, Any] | None = None,
     allowed: frozenset[str] = frozenset(),
+    without: frozenset[str] = frozenset(),
 ) -> ResumeReport:
     """The report on continuing from `loaded`. current: facts of the live run; ranks: what each rank found.
 
-    load: more facts about the load than `describe_load` has. storage: `lineage` and `space`, if they were looked at.
+    without: checks that are left out. load: more facts about the load than `describe_load` has. storage: `lineage` and `space`, if they were looked at.
     """
     saved = loaded.manifest.facts
     evidence = Evidence(
@@ -71,7 +72,7 @@ def judge(
         ranks=ranks,
         allowed=allowed,
     )
-    findings, passed = run_checks(evidence, without=CHANGED_BY_A_LEG if loaded.begins_leg else ())
+    findings, passed = run_checks(evidence, without=without)
     return ResumeReport(loaded, world_size, tuple(findings), passed)
 
 

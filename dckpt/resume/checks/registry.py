@@ -32,6 +32,8 @@ ALL_IDS = frozenset(check.id for check in ALL_CHECKS) | frozenset(EXTRA_IDS)
 
 CHANGED_BY_A_LEG = frozenset({"dataset", "split", "data_order", "work_remains", "global_batch", "samples", "config"})
 """What the first moment of a new leg changes on purpose."""
+CHANGED_BY_A_SCHEDULE = frozenset({"schedule", "scheduler", "schedule_continues"})
+"""What a fresh schedule changes besides."""
 
 
 def run_checks(

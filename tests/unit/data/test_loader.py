@@ -15,6 +15,7 @@ from dckpt.checkpointer import Checkpointer
 from dckpt.data.order import EpochOrder
 from dckpt.data.sampler import ElasticDistributedSampler
 from dckpt.data.seeding import SampleIndex, SampleRandom, SeededDataset, seeded_sample
+from dckpt.engine.resume_policy import ResumePolicy
 from dckpt.errors import ConfigError
 from dckpt.state.progress import Batch, TrainProgress
 from dckpt.state.train_state import TrainState
@@ -103,7 +104,7 @@ def test_a_job_that_ends_in_the_middle_goes_on_with_the_next_sample(tmp_path, wo
     for batch, steps in [(Batch(2, 2), 4), (Batch(8), 2), (Batch(1, 8), 3)]:
         job = Job(batch, workers=workers)
         with Checkpointer(tmp_path, signals=()) as checkpointer:
-            report = checkpointer.resume(job.state)
+            report = checkpointer.resume(job.state, policy=ResumePolicy(allow=["global_batch"]))
             assert report is not None
             taken += job.train(steps)
             checkpointer.save(job.state, blocking=True)

@@ -19,6 +19,7 @@ from dckpt.tools.inspect import list_run
 from dckpt.tools.prune import PruneRequest, plan_prune
 
 STEPS = 4
+ANYWAY = dckpt.ResumePolicy(allow=("work_remains", "data_order", "dataset"))  # a leg begins where no work remains
 OLD, NEW = 16, 40  # samples of the first and of the second leg's data
 
 
@@ -74,7 +75,7 @@ def root(tmp_path):
     """A run whose first leg is done: steps 1 to 4."""
     with open_run(tmp_path, save=dckpt.Every(steps=1)) as checkpointer:
         job = Job()
-        checkpointer.resume(job.state)
+        checkpointer.resume(job.state, policy=ANYWAY)
         job.train(checkpointer)
     return tmp_path
 
@@ -102,7 +103,7 @@ def test_a_second_round_on_new_data_trains_all_its_steps_and_the_life_goes_on(ro
 def test_weights_moments_and_random_streams_go_on(root):
     resumed, begun = Job(seed=1), Job(NEW, seed=2)
     with open_run(root) as checkpointer:
-        checkpointer.resume(resumed.state)
+        checkpointer.resume(resumed.state, policy=ANYWAY)
         drawn = torch.rand(3)
     with open_run(root) as checkpointer:
         checkpointer.start_leg(begun.state)
@@ -116,7 +117,7 @@ def test_weights_moments_and_random_streams_go_on(root):
 
 def test_a_plain_resume_with_other_data_is_refused_and_says_what_to_call(root):
     with open_run(root) as checkpointer, pytest.raises(IncompatibleStateError, match=r"size 16 .* 40 live.*start_leg"):
-        checkpointer.resume(Job(NEW).state)
+        checkpointer.resume(Job(NEW).state, policy=ANYWAY)
 
 
 def test_a_named_leg_is_begun_once_however_often_the_job_starts(root):
@@ -157,7 +158,7 @@ def test_legs_can_follow_each_other_in_one_process(tmp_path):
     """The same objects, or a new state around them with a sampler over other data; what was not saved yet is."""
     with open_run(tmp_path) as checkpointer:
         job = Job()
-        checkpointer.resume(job.state)
+        checkpointer.resume(job.state, policy=ANYWAY)
         job.train(steps=3)
         assert checkpointer.start_leg(job.state)
         job.train(steps=2)
@@ -225,7 +226,7 @@ def test_a_fresh_schedule_begins_as_it_was_built(tmp_path, kind, call):
     expected, groups = whole.train(), [dict(group, params=0) for group in Job(schedule=schedule).optimizer.param_groups]
     with open_run(tmp_path) as checkpointer:
         job = Job(schedule=schedule)
-        checkpointer.resume(job.state)
+        checkpointer.resume(job.state, policy=ANYWAY)
         assert job.train() == expected
         checkpointer.save(job.state, blocking=True)
         if call == "in one process":
@@ -234,7 +235,7 @@ def test_a_fresh_schedule_begins_as_it_was_built(tmp_path, kind, call):
         job = Job(schedule=schedule, seed=3)
         with open_run(tmp_path) as checkpointer:
             if call == "after resume":
-                checkpointer.resume(job.state)
+                checkpointer.resume(job.state, policy=ANYWAY)
             assert checkpointer.start_leg(job.state, scheduler="fresh")
 
     assert [dict(group, params=0) for group in job.optimizer.param_groups] == groups
@@ -265,7 +266,7 @@ def test_a_rate_in_a_tensor_is_set_in_place(tmp_path):
     job.scheduler = lr_scheduler.ExponentialLR(job.optimizer, 0.5)
     job.state = job.make_state()
     with open_run(tmp_path) as checkpointer:
-        checkpointer.resume(job.state)
+        checkpointer.resume(job.state, policy=ANYWAY)
         job.train(steps=2)
         assert rate.item() == pytest.approx(0.025)
         checkpointer.start_leg(job.state, "fresh")
@@ -290,7 +291,7 @@ def test_own_data_is_left_at_its_beginning_or_refused_if_it_was_moved_already(ro
     first.state = first.make_state()
     run = root / "own"
     with open_run(run) as checkpointer:
-        checkpointer.resume(first.state)
+        checkpointer.resume(first.state, policy=ANYWAY)
         first.sampler.place = 7
         first.train(steps=1)
         checkpointer.save(first.state, blocking=True)
@@ -302,7 +303,7 @@ def test_own_data_is_left_at_its_beginning_or_refused_if_it_was_moved_already(ro
         assert checkpointer.start_leg(job.state)
     assert job.sampler.place == 0
     with open_run(run) as checkpointer:
-        checkpointer.resume(job.state)
+        checkpointer.resume(job.state, policy=ANYWAY)
         assert job.sampler.place == 7
         with pytest.raises(ConfigError, match=r"Position without restart\(\).*in place of resume"):
             checkpointer.start_leg(job.state)
@@ -314,7 +315,7 @@ def test_what_cannot_be_begun_is_refused_by_name(root, tmp_path):
         checkpointer.start_leg(Job().state)
     with open_run(tmp_path / "empty") as checkpointer:
         job = Job()
-        checkpointer.resume(job.state)
+        checkpointer.resume(job.state, policy=ANYWAY)
         with pytest.raises(CheckpointNotFoundError, match="first leg"):
             checkpointer.start_leg(job.state)
     with open_run(root) as checkpointer:
@@ -344,7 +345,7 @@ def test_best_losses_are_of_the_life_and_of_the_leg(root):
         best = job.progress.leg_best_loss
     again = Job(NEW)
     with open_run(root) as checkpointer:
-        checkpointer.resume(again.state)
+        checkpointer.resume(again.state, policy=ANYWAY)
 
     assert again.progress.leg_best_loss == best == min(loss for step, loss in again.progress.loss_history if step > 4)
     assert again.progress.best_loss == min(life, best)

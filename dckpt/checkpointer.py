@@ -38,6 +38,7 @@ from dckpt.engine.refusal import REFUSALS
 from dckpt.engine.resume_policy import ResumePolicy
 from dckpt.engine.reuse import REWRITE_EVERY
 from dckpt.engine.rng_restore import note_streams
+from dckpt.engine.run_history import RunHistory
 from dckpt.engine.saver import Saver
 from dckpt.engine.signals import SignalWatch
 from dckpt.engine.validation import Validation
@@ -65,7 +66,7 @@ LINGER_S = 20.0  # how long rank 0 stays reachable at the end, so that every ran
 LINGER_AFTER_ERROR_S = 2.0  # when a rank leaves by an exception the others may never come to say goodbye
 
 
-class Checkpointer:
+class Checkpointer(RunHistory):
     """Saves and resumes one run. Every rank creates it and calls its methods in the same order.
 
     root: directory of the run (or `file://` URL), the same place on every rank.
@@ -479,24 +480,6 @@ class Checkpointer:
         self._last = loaded_as_saved(state, loaded, is_resume=reason != "load")
 
     # -- the run -------------------------------------------------------------------------------------------------------
-
-    def steps(self) -> list[int]:
-        """Steps of the current line that are committed, ascending. Reads names only."""
-        return sorted({item.step for item in Catalog(self._storage).line()})
-
-    def pin(self, step: int | str = "latest") -> str:
-        """Retention never expires the pinned checkpoint; returns its name. Any one rank may call it."""
-        catalog = Catalog(self._storage)
-        name = catalog.resolve(step).name
-        catalog.pin(name)
-        return name
-
-    def unpin(self, step: int | str) -> str:
-        """Takes the pin away; returns the checkpoint's name."""
-        catalog = Catalog(self._storage)
-        name = catalog.resolve(step).name
-        catalog.unpin(name)
-        return name
 
     def rollback(self, step: int | str) -> str:
         """Makes an earlier checkpoint the latest of the run; returns its name. Any one rank may call it, between saves.

@@ -60,7 +60,8 @@ def judge(
 ) -> ResumeReport:
     """The report on continuing from `loaded`. current: facts of the live run; ranks: what each rank found.
 
-    without: checks that are left out. load: more facts about the load than `describe_load` has. storage: `lineage` and `space`, if they were looked at.
+    load: more facts about the load than `describe_load` has. storage: `lineage` and `space`, if they were looked at.
+    allowed: checks whose critical findings become warnings. without: checks that are left out.
     """
     saved = loaded.manifest.facts
     evidence = Evidence(

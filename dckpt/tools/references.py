@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from dckpt.catalog.catalog import Catalog
 from dckpt.errors import CorruptCheckpointError, FormatVersionError, StorageError, StorageMissingError
 from dckpt.findings import Finding
+from dckpt.format.checksum import Sums
 from dckpt.format.index import LayoutIndex
 from dckpt.format.layout import MANIFEST_NAME
 from dckpt.format.manifest import Manifest
 from dckpt.storage.base import Storage
-from dckpt.tools.damage import Damage
+from dckpt.tools.damage import Damage, ranks_of
 
 DIRECTORIES_MAX = 64
 """Directories looked into; a checkpoint has two, so more than this is not a checkpoint's doing."""
@@ -99,6 +100,22 @@ def check_references(manifest: Manifest, index: LayoutIndex, *, key: str) -> lis
         for tensor, role in _named_tensors(manifest, index)
         if tensor not in index and tensor not in manifest.rank_tensors
     ]
+
+
+def check_fingerprints(
+    manifest: Manifest, index: LayoutIndex, sums: Mapping[str, Sums | None], *, checkpoint: str
+) -> list[Damage]:
+    """A sums file has a fingerprint for every chunk of its shard file, or none. `sums`: by the shard's name."""
+    found = []
+    for shard in manifest.shard_entries:
+        known = sums.get(shard.name)
+        if known is None or not known.fingerprints or shard.name not in index.files:
+            continue
+        number = len(index.chunks_in_file(index.files.index(shard.name)))
+        if len(known.fingerprints) != number:
+            what = f"expected a fingerprint for each of the {number} chunks of {shard.name}, found {len(known.fingerprints)}"
+            found.append(Damage(file=manifest.sums_entry(shard).key_in(checkpoint), what=what, ranks=ranks_of(shard)))
+    return found
 
 
 def _named_tensors(manifest: Manifest, index: LayoutIndex) -> Iterator[tuple[str, str]]:

@@ -30,7 +30,7 @@ from dckpt.tools.damage import (
     ranks_of,
     sorted_damages,
 )
-from dckpt.tools.references import check_places, check_references, check_strays
+from dckpt.tools.references import check_fingerprints, check_places, check_references, check_strays
 
 Verdict = Literal["COMPLETE", "PARTIAL", "CORRUPT", "UNREADABLE"]
 
@@ -117,6 +117,8 @@ class _Check:
         if self.index is not None:
             self.damages += check_references(self.manifest, self.index, key=self._index_key(self.manifest))
         sums = {entry.name: self._read_sums(self.manifest, entry) for entry in self.manifest.shard_entries}
+        if self.index is not None:
+            self.damages += check_fingerprints(self.manifest, self.index, sums, checkpoint=self.name)
         if self.is_quick:
             for entry in self.manifest.shard_entries:
                 self._check_quickly(entry)

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 
 from dckpt.cli.main import main
 from tests.support import fingerprint_jobs as jobs
+from tests.support.resealing import reseal_sums, with_one_more, without_fingerprints
 
 pytestmark = pytest.mark.distributed
 
@@ -30,6 +31,10 @@ def _saved(ranks, tmp_path_factory):
         return str(made[key])
 
     return run
+
+
+def newest(root: Path) -> Path:
+    return max(root.glob("step-*"))
 
 
 def compared(ranks, world_size: int, root: str, kind: str, *spoilings: str | None, **options):
@@ -123,9 +128,20 @@ def test_a_resharded_checkpoint_has_its_own(ranks, saved, tmp_path):
 
 def test_sums_without_fingerprints_are_not_checked(ranks, saved, tmp_path):
     root = Path(shutil.copytree(saved("fsdp", 2), tmp_path / "run"))
-    jobs.drop_fingerprints(str(root), 1)
+    reseal_sums(newest(root), 1, without_fingerprints)
     clean, spoiled = compared(ranks, 2, str(root), "fsdp", None, "one bit")
 
     assert (clean.differ, clean.num_checked + len(clean.without)) == ((), jobs.NUM_TENSORS)
     assert "model.blocks.1.down.weight" in clean.without
     assert asdict(spoiled) == asdict(clean)
+
+
+def test_sums_with_another_number_of_fingerprints_are_damage(ranks, saved, tmp_path):
+    root = Path(shutil.copytree(saved("plain", 2), tmp_path / "run"))
+    reseal_sums(newest(root), 1, with_one_more)
+    found = ranks.run(jobs.load_error, 2, str(root))
+
+    assert found[0] == found[1]
+    assert found[0].startswith("CorruptCheckpointError")
+    assert "rank00001" in found[0]
+    assert "a fingerprint for each of its" in found[0]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -17,9 +15,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 import dckpt
 from dckpt.catalog.catalog import Catalog
 from dckpt.engine.fingerprints import compare_fingerprints
-from dckpt.errors import ConfigError
-from dckpt.format.checksum import digest_bytes, encode_sums, parse_sums
-from dckpt.format.manifest import encode_manifest
+from dckpt.errors import ConfigError, DckptError
 from dckpt.resume.fingerprints import Comparison
 from dckpt.storage.local import LocalStorage
 from tests.support.models import digests
@@ -124,23 +120,6 @@ def save(rank: int, world_size: int, root: str, kind: Kind, differs: bool) -> in
     return sum(entry.reused > 0 for entry in manifest.files)
 
 
-def drop_fingerprints(root: str, rank: int) -> None:
-    """Makes the newest checkpoint's sums of one rank such as a writer leaves that knows no fingerprints."""
-    storage = LocalStorage(root)
-    name = Catalog(storage).line()[0].name
-    manifest, _ = Catalog(storage).read_manifest(name)
-    files = []
-    for entry in manifest.files:
-        if entry.kind == "sums" and entry.rank == rank:
-            path = Path(root, entry.key_in(name))
-            data = encode_sums(replace(parse_sums(path.read_bytes(), key="sums"), fingerprints=()))
-            path.unlink()  # it may be a link
-            path.write_bytes(data)
-            entry = replace(entry, size=len(data), digest=digest_bytes(data))
-        files.append(entry)
-    Path(root, name, "manifest.json").write_bytes(encode_manifest(replace(manifest, files=tuple(files))))
-
-
 def compare(checkpointer: dckpt.Checkpointer, run: Run, loaded: Any) -> Comparison:
     """On all ranks, in a session of its own; proves that nothing changed."""
     before = digests(run.state), [parameter.grad for parameter in run.model.parameters()]
@@ -167,6 +146,17 @@ def load_and_compare(
                     SPOILINGS[spoiling](run, rank)
             found.append(compare(checkpointer, run, loaded))
     return found
+
+
+def load_error(rank: int, world_size: int, root: str) -> str:
+    """The error of a load."""
+    run = Run("plain", world_size, seed=2)
+    with open_run(root) as checkpointer:
+        try:
+            checkpointer.load(run.state)
+        except DckptError as error:
+            return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def fail_on_one_rank(rank: int, world_size: int, root: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,17 @@ def test_without_links_it_is_referred_to_under_its_own_name_if_it_may(tmp_path: 
     assert take(storage, found, sums, "rank00000-2.safetensors") is None
     assert take_over(storage, found, sums, Place(STAGING, "b" * 32, 0, NAME), may_refer=()) is None
     assert staged(tmp_path) == []
+
+
+def test_a_file_whose_chunks_have_other_fingerprints_now_is_not_referred_to(tmp_path: Path, found: Reusable):
+    """The same bytes as another cut of another tensor: a reference would take over the wrong fingerprints."""
+    sums = replace(sums_of(tmp_path, found), fingerprints=(1,))
+
+    assert take(LocalStorage(tmp_path, NoLinks()), found, sums) is None
+    entries = take(LocalStorage(tmp_path), found, sums)
+    assert entries is not None
+    assert (tmp_path / STAGING / entries[0].name).samefile(tmp_path / found.shard_key)
+    assert parse_sums((tmp_path / STAGING / entries[1].name).read_bytes(), key="sums") == sums
 
 
 @pytest.mark.parametrize("damage", ["gone", "cut short", "a directory", "a symbolic link"])

@@ -18,6 +18,7 @@ from dckpt.storage.local import LocalStorage
 from dckpt.tools.target import open_target
 from dckpt.tools.verify import Watch, verify_checkpoint
 from dckpt.tools.verify_run import VerifyReport, verify_target
+from tests.support.resealing import reseal_sums, with_one_more, without_fingerprints
 from tests.support.runs import FULL_PARTS, training_tensors, write_checkpoint
 
 STEP = "step-0000000010.g0001"
@@ -198,6 +199,18 @@ def test_a_shard_file_whose_sums_are_lost_is_still_judged_by_its_digest(run: Pat
         str(shard(run).relative_to(run)),
         str(shard(run).with_suffix(".sums").relative_to(run)),
     }
+
+
+@pytest.mark.parametrize("is_quick", [True, False])
+def test_fingerprints_of_chunks_that_are_not_there_are_damage_and_missing_ones_are_not(
+    run: Path, is_quick: bool
+) -> None:
+    reseal_sums(run / STEP, 0, without_fingerprints)
+    assert verified(run, is_quick=is_quick).verdict == "COMPLETE"
+
+    reseal_sums(run / STEP, 1, with_one_more)
+    report = verified(run, is_quick=is_quick)
+    assert damaged_files(report) == {str(shard(run, 1).with_suffix(".sums").relative_to(run))}
 
 
 @pytest.mark.parametrize("place", ["shard", "sums", "index", "manifest"])

@@ -76,7 +76,7 @@ def verify(
 
 
 def _verify_foreign(target: str, *, fix: bool, yes: bool, as_json: bool) -> int:
-    from dckpt.tools.foreign_import import verify_foreign
+    from dckpt.tools.foreign_verdict import verify_foreign
     from dckpt.viz.repair import render_foreign
 
     report = verify_foreign(target)

@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from dckpt import failpoint
 from dckpt.blocks.source import PieceMemory, parts_of_piece
@@ -17,7 +17,6 @@ from dckpt.blocks.write import WriterPool, write_shard_file
 from dckpt.catalog.generations import create_generation
 from dckpt.catalog.transaction import Transaction
 from dckpt.errors import ConfigError, CorruptCheckpointError, StorageFullError
-from dckpt.findings import Finding
 from dckpt.format.checksum import FileHasher
 from dckpt.format.index import Chunk, LayoutIndex, build_index
 from dckpt.format.layout import shard_file_name
@@ -35,10 +34,9 @@ from dckpt.tools.destination import Destination, choose_import
 from dckpt.tools.foreign import ForeignState, read_foreign
 from dckpt.tools.foreign_names import Positions, Unmatched, match_by_shape, match_in_order
 from dckpt.tools.foreign_torch import ForeignTensor, ModelOrder, order_by_config, read_bytes_of
+from dckpt.tools.foreign_verdict import states_of
 from dckpt.tools.refill import MOMENTS_LOST, Change, refill_streams
 from dckpt.version import __version__
-
-Verdict = Literal["COMPLETE", "PARTIAL", "CORRUPT"]
 
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "inv_freq", "position_ids", "masked_bias")
 """Last words of names that are buffers of well-known layers: no optimizer has them."""
@@ -62,20 +60,6 @@ class ImportRequest:
     batch: int | None = None
     optimizer: str | None = None
     fill: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class ForeignReport:
-    """What a foreign checkpoint is good for, in the words of `dckpt verify`."""
-
-    url: str
-    verdict: Verdict
-    step: int | None
-    ranks: int
-    components: tuple[tuple[str, bool, int, int], ...]
-    """(name, whether it is there, tensors, bytes)."""
-    damages: tuple[str, ...]
-    findings: tuple[Finding, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,68 +87,6 @@ class PreparedImport:
     files: list[tuple[ShardFilePlan, list[memoryview]]] = field(default_factory=list)
     empty: Mapping[str, ForeignTensor] = field(default_factory=dict)
     """Tensors without elements: the index alone knows them."""
-
-
-def verify_foreign(text: str) -> ForeignReport:
-    """Reads every file of it. COMPLETE: weights, moments, scheduler, step, and random streams of every rank."""
-    state = read_foreign(text)
-    sizes = {
-        "model": [len(tensor.data) for tensor in state.weights.values()],
-        "optim": [len(tensor.data) for tensor in _tensors_in(state.optim)],
-    }
-    missing = _missing(state)
-    names = ["model", "optim", "scheduler", "progress", "rng", *(["scaler"] if state.scaler else [])]
-    rows = [(name, name not in missing, len(sizes.get(name, ())), sum(sizes.get(name, ()))) for name in names]
-    findings = [_finding(name, why) for name, why in missing.items()]
-    verdict: Verdict = "CORRUPT" if state.troubles else "PARTIAL" if missing else "COMPLETE"
-    return ForeignReport(
-        state.url, verdict, state.step, state.ranks, tuple(rows), tuple(state.troubles), tuple(findings)
-    )
-
-
-def _missing(state: ForeignState) -> dict[str, str]:
-    """Part -> what is missing of it."""
-    found = {}
-    if not state.weights:
-        found["model"] = "no weights"
-    if not _states_of(state.optim):
-        found["optim"] = "no optimizer state" if state.optim is None else "an optimizer without moments"
-    if state.scheduler is None:
-        found["scheduler"] = "no scheduler state"
-    if state.step is None:
-        found["progress"] = "no step"
-    lost = [rank for rank in range(state.ranks) if rank not in state.streams]
-    if lost:
-        found["rng"] = "no random streams" if len(lost) == state.ranks else f"no random streams of ranks {lost}"
-    return found
-
-
-def _finding(name: str, why: str) -> Finding:
-    consequence = MOMENTS_LOST if name == "optim" else CONSEQUENCES[name]
-    return Finding(
-        check="component",
-        severity="warning",
-        expected=f"{name} in the checkpoint",
-        found=why,
-        remedy="`dckpt import DIR RUN --fill` derives random streams; the rest cannot be made up.",
-        message=f"No {name} ({why}): {consequence}.",
-    )
-
-
-def _states_of(optim: Mapping[str, Any] | None) -> Mapping[Any, Any]:
-    found = optim.get("state") if optim is not None else None
-    return found if isinstance(found, Mapping) else {}
-
-
-def _tensors_in(value: Any) -> list[ForeignTensor]:
-    if isinstance(value, ForeignTensor):
-        return [value]
-    items: Sequence[Any] = ()
-    if isinstance(value, Mapping):
-        items = list(value.values())
-    elif isinstance(value, (list, tuple)):
-        items = value
-    return [found for item in items for found in _tensors_in(item)]
 
 
 def prepare_import(request: ImportRequest) -> PreparedImport:
@@ -243,7 +165,7 @@ class _Import:
             self.aliases[f"model.{alias}"] = f"model.{held}"
 
     def _take_optimizer(self, order: ModelOrder | None) -> None:
-        states = _states_of(self.state.optim)
+        states = states_of(self.state.optim)
         groups = self.state.optim.get("param_groups") if self.state.optim is not None else None
         if not states or not isinstance(groups, list):
             self._lose("optim", MOMENTS_LOST)

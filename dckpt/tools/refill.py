@@ -14,7 +14,7 @@ from typing import Any, Literal
 from dckpt.errors import CorruptCheckpointError
 from dckpt.format.manifest import Manifest
 from dckpt.format.sealed_json import JsonValue
-from dckpt.format.streams import GENERATOR_PREFIX, rekey_stream, run_seed_of
+from dckpt.format.streams import EPOCH_PREFIX, GENERATOR_PREFIX, rekey_stream, run_seed_of
 from dckpt.planning.mesh import NamedMesh
 
 STREAMS = ("python", "numpy", "torch")
@@ -30,7 +30,7 @@ PLAIN_SCHEDULERS = frozenset(
 
 _LAMBDAS = frozenset({"LambdaLR", "MultiplicativeLR"})
 
-Action = Literal["restored", "linked", "derived", "filled in", "lost", "not possible"]
+Action = Literal["restored", "derived", "filled in", "left behind", "lost", "not possible"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ def refill_streams(
     for states in reversed([good[rank] for rank in sorted(good)]):
         like.update(states)
     records: dict[int, dict[str, JsonValue]] = {}
-    told: dict[str, list[str]] = {"copied": [], "derived": []}
+    told: dict[str, list[str]] = {"copied": [], "derived": [], "lost": []}
     for rank in range(mesh.world_size):
         if rank in good:
             continue
@@ -90,6 +90,9 @@ def refill_streams(
             if twin is not None:
                 records[rank][stream] = good[twin][stream]
                 told["copied"].append(stream)
+            elif stream.startswith(EPOCH_PREFIX):
+                # Where an epoch's iterators began is a fact of that epoch: another state would give another order.
+                told["lost"].append(stream)
             elif stream in like or not stream.startswith(GENERATOR_PREFIX):
                 records[rank][stream] = rekey_stream(
                     stream,
@@ -113,6 +116,9 @@ def _stream_changes(ranks: Sequence[int], told: Mapping[str, list[str]], origin:
     if derived:
         how = f"{', '.join(derived)}, by the rule for another mesh (seed {origin}); the draws differ from the uninterrupted run"
         changes.append(Change(f"random streams of {who}", "derived", how))
+    if told["lost"]:
+        how = f"{', '.join(dict.fromkeys(told['lost']))}: an epoch that is resumed in its middle replays its iterators otherwise"
+        changes.append(Change(f"random streams of {who}", "not possible", how))
     return changes
 
 
@@ -124,6 +130,7 @@ def _axes(manifest: Manifest, mesh: NamedMesh, model: StreamModel | None) -> dic
         return {
             stream: axes if all(axis in mesh.sizes for axis in axes) else tuple(mesh.sizes)
             for stream, axes in model.axes.items()
+            if not stream.startswith(EPOCH_PREFIX)
         }
     # Nothing is known: equal masks on all ranks would be the worse mistake.
     streams = (*STREAMS, "cuda") if _ran_on_cuda(manifest) else STREAMS

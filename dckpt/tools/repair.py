@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from dckpt.blocks.scan import THREADS
 from dckpt.catalog.catalog import Catalog
 from dckpt.errors import CorruptCheckpointError, DckptError, StorageMissingError
 from dckpt.format.checksum import digest_bytes
@@ -32,6 +34,7 @@ from dckpt.tools.components import (
     missing_components,
 )
 from dckpt.tools.destination import Destination, choose_destination
+from dckpt.tools.references import check_strays
 from dckpt.tools.refill import (
     MOMENTS_LOST,
     Change,
@@ -81,7 +84,7 @@ class RepairPlan:
         return bool(self.refusals) or any(change.action in DONE for change in self.changes)
 
 
-DONE = ("restored", "derived", "filled in", "lost")
+DONE = ("restored", "derived", "filled in", "lost", "left behind")
 
 
 @dataclass(slots=True)
@@ -138,7 +141,9 @@ class _Preparation:
         restorer = Restorer(self.storage, self.name, manifest, index, self.siblings, self.watch.on_bytes)
         if self.watch.on_checkpoint is not None:
             self.watch.on_checkpoint(self.name, sum(entry.size for entry in manifest.shard_entries))
-        states = [restorer.look(entry) for entry in manifest.shard_entries]
+        with ThreadPoolExecutor(THREADS) as pool:
+            states = list(pool.map(restorer.look, manifest.shard_entries))
+        self._tell_strays(manifest)
         for state in states:
             self._tell_file(state)
         if index is None:
@@ -202,6 +207,19 @@ class _Preparation:
         return index
 
     # -- what is lost --------------------------------------------------------------------------------------------------
+
+    def _tell_strays(self, manifest: Manifest) -> None:
+        """Files in the attempt that stock readers would load with the others: the new checkpoint does not have them."""
+        try:
+            strays, _ = check_strays(self.storage, self.name, manifest)
+        except StorageMissingError:
+            return  # The directory lost its attempt; what lay in it is looked for elsewhere.
+        for damage in strays:
+            if not damage.is_unreadable:
+                name = damage.file.rpartition("/")[2]
+                self.changes.append(
+                    Change(name, "left behind", "the manifest does not name it; stock readers would load it")
+                )
 
     def _tell_file(self, state: FileState) -> None:
         name = state.entry.name
@@ -339,10 +357,11 @@ class _Preparation:
         missing = {rank for rank in ranks if values_record_name(rank, RNG) not in index} | lost_ranks
         if not missing:
             return None
+        by_name = {state.entry.name: state for state in states}
         good = {
             rank: streams
             for rank in ranks
-            if rank not in missing and (streams := _read_streams(states, index, rank)) is not None
+            if rank not in missing and (streams := _read_streams(by_name, index, rank)) is not None
         }
         model = None if good else self._model(manifest)
         refilled = refill_streams(manifest, saved_mesh(manifest), good, model)
@@ -405,11 +424,11 @@ def _part_of(name: str, parts: Sequence[str], component: str) -> str:
     return next((part for part in parts if plain == part or plain.startswith(f"{part}.")), component)
 
 
-def _read_streams(states: Sequence[FileState], index: LayoutIndex, rank: int) -> Mapping[str, JsonValue] | None:
+def _read_streams(states: Mapping[str, FileState], index: LayoutIndex, rank: int) -> Mapping[str, JsonValue] | None:
     """A rank's streams, its bytes proved."""
     name = values_record_name(rank, RNG)
     chunk = index.chunks(name)[0]
-    state = next(item for item in states if item.entry.name == index.files[chunk.file])
+    state = states[index.files[chunk.file]]
     data = bytearray(math.prod(chunk.sizes))
     state.read(chunk.begin, chunk.begin + len(data), memoryview(data))
     found = load_json(bytes(data), key=name, limit=RECORD_BYTES_MAX)

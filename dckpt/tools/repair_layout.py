@@ -102,6 +102,7 @@ class RepairLayout:
         self._patterns = tuple(name[:-1] for name in dropped if name.endswith(".*"))
         self._dropped = dropped
         self._records = records
+        self._by_name = {values_record_name(rank, RNG): record for rank, record in records.items()}
         self.index = index
         self.kept: list[FileState] = []
         self.written: list[NewFile] = []
@@ -145,9 +146,8 @@ class RepairLayout:
         sources: dict[str, int | bytes] = {}
         for name, _, chunk in located:
             dtype = self.index.meta(name).dtype
-            own = next((r for r in self._records if values_record_name(r, RNG) == name), None)
-            if own is not None:
-                record = self._records[own]
+            record = self._by_name.get(name)
+            if record is not None:
                 tensors.append(ShardTensor(name, dtype, (len(record),), (0,), (len(record),)))
                 sources[name] = record
             elif not self._is_dropped(name):
@@ -187,9 +187,9 @@ class RepairLayout:
                 begin = places.get((old.files[chunk.file], name)) if chunk.file >= 0 else None
                 chunks.append(chunk if begin is None else replace(chunk, begin=begin))
             tensors[name] = (meta.dtype, meta.shape, chunks)
-        for rank, record in self._records.items():
-            name = values_record_name(rank, RNG)
-            file = next(found for found, held in places if held == name)
+        file_of = {tensor: file for file, tensor in places}
+        for name, record in self._by_name.items():
+            file = file_of[name]
             chunk = Chunk((0,), (len(record),), numbers[file], places[file, name])
             tensors[name] = ("U8", (len(record),), [chunk])
         return build_index(tuple(files), tensors)

@@ -6,6 +6,8 @@ anew from them must have the digest that the manifest states. So what is restore
 
 from __future__ import annotations
 
+import itertools
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -94,19 +96,22 @@ class FileState:
 
     def _blocks(self, first: int, stop: int) -> Iterator[tuple[int, int, bytes]]:
         at = first
-        for segment in self.segments:
+        begin = bisect_right(self.segments, first, key=lambda segment: segment.stop)
+        for segment in itertools.islice(self.segments, begin, None):
+            if segment.first >= stop:
+                break
             low, high = max(at, segment.first), min(stop, segment.stop)
             if low != at and low < high:
                 break
             while low < high:
                 upper = min(high, low + GROUP_BLOCKS)
-                begin, end = low * BLOCK_BYTES, min(upper * BLOCK_BYTES, self.entry.size)
+                low_byte, end = low * BLOCK_BYTES, min(upper * BLOCK_BYTES, self.entry.size)
                 source = segment.source
                 if isinstance(source, bytes):
                     base = segment.first * BLOCK_BYTES
-                    data: bytes | None = source[begin - base : end - base]
+                    data: bytes | None = source[low_byte - base : end - base]
                 else:
-                    data = source.read(begin, end - begin)
+                    data = source.read(low_byte, end - low_byte)
                 if data is None:
                     raise self._changed(low, upper)
                 yield low, upper, data
@@ -140,6 +145,7 @@ class Restorer:
         self._manifest = manifest
         self._index = index
         self._siblings = siblings
+        self._shards = {entry.name: entry for entry in manifest.shard_entries}
         self._on_bytes = on_bytes
         self._flips_left = FLIPS_MAX
         self._bytes_left = BYTES_MAX
@@ -274,7 +280,7 @@ class Restorer:
                 continue
             good = block_checksums(data) == state.sums.blocks[first:stop]
             taken = [block for block in sorted(left) if good[block - first]]
-            found += [Segment(block, block + 1, place) for block in taken]
+            found += [Segment(begin, end, place) for begin, end in _stretches(taken)]
             left -= set(taken)
             if taken and place is not state.place:
                 state.notes.append(f"{_shown_blocks(state, taken)} of {state.entry.name} from {place.label}")
@@ -345,7 +351,7 @@ class Restorer:
             if other == name or other not in index or index.meta(other).shape != meta.shape:
                 continue
             for chunk in index.chunks(other):
-                entry = next((e for e in self._manifest.shard_entries if e.name == index.files[chunk.file]), None)
+                entry = self._shards.get(index.files[chunk.file])
                 if entry is not None:
                     yield Place(self._storage, entry.key_in(self._name), f"{other} of this checkpoint"), chunk.begin
 
@@ -405,6 +411,17 @@ def _runs(mask: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:
     """(first, stop) of each stretch of True."""
     edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]]).astype(np.int8)))
     return [(int(first), int(stop)) for first, stop in zip(edges[::2], edges[1::2], strict=True)]
+
+
+def _stretches(blocks: list[int]) -> list[tuple[int, int]]:
+    """(first, stop) of each stretch of numbers that follow each other; `blocks` ascend."""
+    found: list[tuple[int, int]] = []
+    for block in blocks:
+        if found and found[-1][1] == block:
+            found[-1] = (found[-1][0], block + 1)
+        else:
+            found.append((block, block + 1))
+    return found
 
 
 def _shown_blocks(state: FileState, blocks: list[int]) -> str:

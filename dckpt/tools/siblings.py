@@ -65,6 +65,19 @@ class Sibling:
             log.info("%s is no source of single tensors: %s", self.label, error)
             return None
 
+    @cached_property
+    def by_content(self) -> dict[tuple[str, str, int], list[FileEntry]]:
+        """(kind, digest, size) -> its files."""
+        found: dict[tuple[str, str, int], list[FileEntry]] = {}
+        for entry in self.manifest.files:
+            found.setdefault((entry.kind, entry.digest, entry.size), []).append(entry)
+        return found
+
+    @cached_property
+    def shards(self) -> dict[str, FileEntry]:
+        """Its shard files by the names that its index gives them."""
+        return {entry.name: entry for entry in self.manifest.shard_entries}
+
     def place(self, entry: FileEntry) -> Place:
         """Where one of its files lies."""
         return Place(self.storage, entry.key_in(self.name), self.label)
@@ -124,17 +137,15 @@ class Siblings:
     def same_files(self, entry: FileEntry) -> Iterator[Place]:
         """Files that had the same size and digest when they were written; whether they still do is the caller's to find out."""
         for sibling in self.all:
-            for found in sibling.manifest.files:
-                if found.kind == entry.kind and (found.digest, found.size) == (entry.digest, entry.size):
-                    yield sibling.place(found)
+            for found in sibling.by_content.get((entry.kind, entry.digest, entry.size), ()):
+                yield sibling.place(found)
 
     def sums_of_same(self, shard: FileEntry) -> Iterator[tuple[Place, FileEntry]]:
         """Sums files of shard files with the size and digest of `shard`."""
         for sibling in self.all:
-            for found in sibling.manifest.shard_entries:
-                if (found.digest, found.size) == (shard.digest, shard.size):
-                    entry = sibling.manifest.sums_entry(found)
-                    yield sibling.place(entry), entry
+            for found in sibling.by_content.get(("shard", shard.digest, shard.size), ()):
+                entry = sibling.manifest.sums_entry(found)
+                yield sibling.place(entry), entry
 
     def same_chunks(self, name: str, dtype: str, chunk: Chunk) -> Iterator[tuple[Place, int]]:
         """Places and offsets at which a chunk of this tensor with this very box lies: other values, unless it did not change."""
@@ -144,7 +155,6 @@ class Siblings:
                 continue
             for found in index.chunks(name):
                 if found.file >= 0 and (found.offsets, found.sizes) == (chunk.offsets, chunk.sizes):
-                    file = index.files[found.file]
-                    entry = next((item for item in sibling.manifest.shard_entries if item.name == file), None)
+                    entry = sibling.shards.get(index.files[found.file])
                     if entry is not None:
                         yield sibling.place(entry), found.begin

@@ -17,6 +17,7 @@ _STYLES = {
     "restored": "green",
     "derived": "cyan",
     "filled in": "cyan",
+    "left behind": "cyan",
     "lost": "bold red",
     "not possible": "yellow",
 }
@@ -170,7 +171,9 @@ def _parts(plan: Plan) -> Iterable[RenderableType]:
         yield text_of("Nothing can be written. Give a copy with --from, or continue from an older checkpoint.")
         return
     if not plan.is_needed:
-        yield text_of("Nothing to repair.")
+        yield text_of(
+            "Nothing to repair: no byte that the manifest names is damaged, and nothing is missing that could be filled in."
+        )
         return
     if plan.needs_consent:
         yield text_of(

@@ -268,7 +268,8 @@ def _identity(details: Details, now_unix_s: float) -> list[tuple[str, str]]:
 def _describe_origin(origin: Origin) -> str:
     run = f" of run {origin.run_id}" if origin.run_id is not None else ""
     text = f"{origin.checkpoint}{run}, saved by {format_count(origin.world_size, 'rank')} ({origin.how})"
-    return f"{text}; rank 0's value of {format_names(tuple(origin.carried))}" if origin.carried else text
+    carried = f"; rank 0's value of {format_names(tuple(origin.carried))}" if origin.carried else ""
+    return "\n".join((text + carried, *origin.changes))
 
 
 def _facts_grid(rows: Iterable[tuple[str, str]]) -> Table:

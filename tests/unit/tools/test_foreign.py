@@ -21,8 +21,9 @@ from dckpt.cli.main import main
 from dckpt.errors import ConfigError, CorruptCheckpointError
 from dckpt.storage.local import LocalStorage
 from dckpt.tools.foreign import read_foreign
-from dckpt.tools.foreign_import import ImportRequest, apply_import, prepare_import, verify_foreign
+from dckpt.tools.foreign_import import ImportRequest, apply_import, prepare_import
 from dckpt.tools.foreign_torch import read_pickled
+from dckpt.tools.foreign_verdict import verify_foreign
 from dckpt.tools.verify import verify_checkpoint
 from tests.support.foreign import ForeignRun, Kind, losses_after_resume
 

@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from dckpt import failpoint
 from dckpt.catalog.catalog import Catalog
 from dckpt.catalog.generations import list_generations
+from dckpt.cli.main import main
 from dckpt.errors import CommitConflictError, CorruptCheckpointError, StorageError
 from dckpt.format.manifest import Manifest
 from dckpt.format.streams import rekey_stream
@@ -515,3 +517,43 @@ def test_a_storage_that_fails_while_writing_leaves_no_checkpoint(run: Path, copy
 
     assert not (run / REPAIRED).exists()
     assert list_generations(LocalStorage(str(run))) == [1]
+
+
+def test_files_that_do_not_belong_are_left_behind(run: Path) -> None:
+    """A safetensors file in the attempt is loaded by stock readers like the others; `verify` calls that corrupt."""
+    stray = shard(run).parent / "other.safetensors"
+    shutil.copy(shard(run), stray)
+    assert verify_checkpoint(LocalStorage(str(run)), STEP, is_run=True).verdict == "CORRUPT"
+
+    prepared = repair(run)
+
+    assert "other.safetensors: left behind" in told(prepared)
+    assert prepared.plan.num_written == 0
+
+
+def test_the_start_of_an_epoch_is_never_derived(tmp_path: Path) -> None:
+    """Its iterators would be made anew from another state: another order than the one that was half consumed."""
+    root = tmp_path / "run"
+    found = tensors(2, size=1)
+    for rank in range(WORLD):
+        states = {**streams_of(rank), "epoch.torch": streams_of(rank)["torch"], "epoch.python": streams_of(0)["python"]}
+        found[f"rank.{rank}.values.rng"] = np.frombuffer(dump_json(states), np.uint8)
+    axes = {**AXES, "epoch.torch": ("rank",), "epoch.python": ()}
+    save(LocalStorage(str(root)), 20, seed=2, tensors=found, rng=axes)
+    path, begin, _ = rng_place(root, 1)
+    overwrite(path, begin, bytes(range(1, 201)))
+
+    prepared = repair(root)
+
+    assert "epoch.torch: an epoch that is resumed in its middle" in told(prepared)
+    assert set(streams_in(root, 1)) == {"python", "numpy", "torch", "epoch.python"}
+
+
+def test_show_says_what_a_repair_did(run: Path, copy: Path) -> None:
+    DAMAGES["bytes"](run)
+    repair(run, copies=(copy,))
+
+    shown = CliRunner().invoke(main, ["show", f"{run}@{REPAIRED}"]).output
+
+    assert f"{STEP} of run" in shown and "(repair)" in shown
+    assert "rank00000.safetensors: restored: 65,536 bytes from byte 65,536 on" in shown

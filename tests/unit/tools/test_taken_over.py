@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 
 from dckpt.catalog.catalog import Catalog
 from dckpt.catalog.retention import Retention
@@ -212,3 +212,30 @@ def test_copies_follow_rewrites_lost_beginnings_and_references():
     assert freed_bytes(copies, ["3", "4"]) == 100
     assert freed_bytes(copies, ["1", "2"]) == 7, "5 lies on the first copy"
     assert freed_bytes(copies, list(files)) == total_bytes(copies)
+
+
+@WAYS
+def test_a_repair_writes_a_file_of_its_own_where_the_shared_one_is_damaged(tmp_path: Path, way: str) -> None:
+    """What the others refer to, or share by a link, is left as it is; from then on they have a place to be repaired from."""
+    root = tmp_path / "run"
+    make_run(root, way)
+    shared = base_of(root, FIRST)
+    data = bytearray(shared.read_bytes())
+    data[-1] ^= 4
+    with shared.open("r+b") as file:
+        file.write(data)
+
+    assert repair_of(root, THIRD).exit_code in (0, 1)
+
+    repaired = THIRD.replace("g0001", "g0002")
+    assert shared.read_bytes() == bytes(data)
+    found = damages(root)
+    assert found[repaired] == [] and found[FIRST] and found[THIRD]
+    assert base_of(root, repaired).stat().st_ino != shared.stat().st_ino
+    told = repair_of(root, FIRST)
+    assert f"from {repaired}" in told.output
+    assert damages(root)[FIRST.replace("g0001", "g0003")] == []
+
+
+def repair_of(root: Path, name: str) -> Result:
+    return CliRunner().invoke(main, ["repair", f"{root}@{name}", "--yes"])

@@ -78,7 +78,7 @@ class Training:
         self.optimizer = torch.optim.AdamW(trained, lr=0.5, foreach=False)
         self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, step_size=2, gamma=0.5)
         self.progress = dckpt.TrainProgress(
-            max_steps=100, batch=dckpt.Batch(micro=2, accumulation=1, data_parallel=world_size)
+            max_steps=100, batch=dckpt.Batch(micro=4 // world_size, accumulation=1, data_parallel=world_size)
         )
         self.notes: dict[Any, Any] = {"tags": ("a", 1, None), 3: [1.5, float("inf")], "raw": b"\x00\xff"}
         self.state = dckpt.TrainState(
@@ -102,9 +102,10 @@ class Training:
         with torch.no_grad():
             for number, parameter in enumerate(self.model.parameters()):
                 _fill(parameter, number)
-                for place, moment in enumerate(self.optimizer.state.get(parameter, {}).values()):
+                for place, (key, moment) in enumerate(self.optimizer.state.get(parameter, {}).items()):
                     if moment.dim():
-                        _fill(moment, number + place + 1)
+                        # Averages of squares are no smaller than those of the same gradients can be.
+                        _fill(moment, number + place + 1, least=4 if key == "exp_avg_sq" else 0)
             for number, buffer in enumerate(self.model.buffers()):
                 buffer.copy_(_exact(buffer, number + self.rank))
         self.notes["count"] = 2**70
@@ -134,11 +135,11 @@ class Training:
         return list(self.notes.items())
 
 
-def _fill(tensor: torch.Tensor, offset: int) -> None:
+def _fill(tensor: torch.Tensor, offset: int, least: int = 0) -> None:
     if not isinstance(tensor, DTensor):
-        tensor.copy_(_exact(tensor, offset))
+        tensor.copy_(_exact(tensor, offset) + least)
         return
-    whole = _exact(torch.empty(tensor.shape, dtype=tensor.dtype), offset)
+    whole = _exact(torch.empty(tensor.shape, dtype=tensor.dtype), offset) + least
     parts = whole.chunk(dist.get_world_size(), 0)
     local = tensor.to_local()
     if local.numel():
@@ -252,8 +253,9 @@ def write_all(pool: Any, directory: Path) -> dict[str, Any]:
 
 
 def content(directory: Path) -> dict[str, bytes]:
-    """Every file below `directory`."""
-    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    """Every file below `directory` but the reports: each resume writes one of its own."""
+    files = [path for path in directory.rglob("*") if path.is_file() and path.parent.name != "reports"]
+    return {str(path.relative_to(directory)): path.read_bytes() for path in files}
 
 
 def main() -> None:
@@ -271,6 +273,8 @@ def main() -> None:
         record = write_all(pool, directory)
     finally:
         pool.close()
+    for reports in list(directory.rglob("reports")):
+        shutil.rmtree(reports)
     (directory / EXPECTED).write_text(json.dumps(record, indent=1) + "\n")
     files = content(directory)
     print(f"{len(files)} files, {sum(map(len, files.values())):,} bytes in {directory}")

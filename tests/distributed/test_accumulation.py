@@ -49,6 +49,7 @@ def test_a_run_killed_between_micro_batches_continues_bit_for_bit(
         assert late_digests == digests
         assert (report["micro_step"], report["continued_micro_step"]) == (place[1], place[1])
         assert "grad" in report["parts"]
+        assert [found for found in report["findings"] if found["severity"] in ("critical", "warning")] == []
 
 
 def test_gradients_that_were_reduced_go_on_on_other_ranks_from_the_same_sample(ranks: RankPool, tmp_path: Path) -> None:

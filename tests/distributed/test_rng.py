@@ -61,7 +61,7 @@ def test_what_became_of_the_streams_is_in_the_next_manifests(ranks: RankPool, tm
 
     assert last is not None
     assert [(remap["saved_by"], remap["continued_by"]) for remap in remaps] == [(2, 4), (4, 2)]
-    assert [remap["checkpoint"] for remap in remaps] == ["step-0000000001.g0001", "step-0000000003.g0003"]
+    assert [remap["resumed_from"] for remap in remaps] == ["step-0000000001.g0001", "step-0000000003.g0003"]
     for remap in remaps:
         assert sorted(remap["streams"]["copied"]) == sorted(SHARED)
         assert sorted(remap["streams"]["re-derived"]) == ["generator:own", "python", "torch"]

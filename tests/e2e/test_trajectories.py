@@ -48,8 +48,8 @@ def test_200_steps_with_5_kills_at_random_points_are_bit_for_bit_those_without(r
 def _steps(found: list[Any]) -> dict[int, tuple[list[int], float]]:
     """Step -> the samples of all ranks in the order of the epoch, and the mean loss over them. Ranks take turns."""
     steps: dict[int, tuple[list[int], float]] = {}
-    for step in sorted({place[0] for _, seen in found for place, *_ in seen}):
-        own = [[(ids, loss) for place, ids, loss in seen if place[0] == step] for _, seen in found]
+    for step in sorted({place[0] for _, seen, *_ in found for place, *_ in seen}):
+        own = [[(ids, loss) for place, ids, loss in seen if place[0] == step] for _, seen, *_ in found]
         turns = [micro_batch for turn in zip(*own, strict=True) for micro_batch in turn]
         steps[step] = [i for ids, _ in turns for i in ids], sum(loss for _, loss in turns) / GLOBAL_BATCH
     return steps
@@ -74,7 +74,8 @@ def test_on_4_then_2_then_3_then_4_ranks_samples_are_the_same_and_losses_but_for
     begun: list[tuple[int, int]] = []
     for world_size, micro, until, place in legs:
         found = ranks.run(train_leg, world_size, root, until, 240, micro, place, dropout)
-        assert len({begin for begin, _ in found}) == 1
+        assert len({begin for begin, *_ in found}) == 1
+        assert all(told == [] for *_, told in found), "a planned change of ranks is no warning"
         begun.append(found[0][0])
         for step, (samples, loss) in _steps(found).items():
             before = steps.get(step, ([], 0.0))

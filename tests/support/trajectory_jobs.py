@@ -170,13 +170,14 @@ def train_leg(
     training = Training(rank, world_size, size=size, micro=micro, dropout=dropout, uses_slots=True)
     seen: list[Any] = []
     with dckpt.Checkpointer(root, deadline_s=30, signals=()) as checkpointer:
-        checkpointer.resume(training.state)
+        report = checkpointer.resume(training.state)
+        told = [] if report is None else [str(f) for f in report.findings if f.severity in ("critical", "warning")]
         begun = training.progress.step, training.progress.micro_step
         with contextlib.suppress(StopIteration):
             training.run(until, lambda *row: _note(training, seen, row, place))
         pending = checkpointer.save(training.state, blocking=True)
         assert pending.outcome == "committed", pending.error
-        return begun, seen
+        return begun, seen, told
 
 
 def _note(training: Training, seen: list[Any], row: Any, place: tuple[int, int] | None) -> None:

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
         UnknownOutcomeError,
     )
     from dckpt.findings import Finding
+    from dckpt.resume.probe import Probe
     from dckpt.resume.report import LoadResult, ResumeReport
     from dckpt.state.evaluating import evaluating
     from dckpt.state.progress import Batch, TrainProgress
@@ -67,6 +68,7 @@ _HOMES = {
     "Finding": "dckpt.findings",
     "LoadResult": "dckpt.resume.report",
     "PendingSave": "dckpt.engine.pending",
+    "Probe": "dckpt.resume.probe",
     "ResumePolicy": "dckpt.engine.resume_policy",
     "ResumeReport": "dckpt.resume.report",
     "Retention": "dckpt.catalog.retention",
@@ -133,6 +135,7 @@ __all__ = [
     "PeerFailedError",
     "PendingSave",
     "PoisonedStateError",
+    "Probe",
     "ResumePolicy",
     "ResumeRejectedError",
     "ResumeReport",

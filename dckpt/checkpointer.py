@@ -42,6 +42,7 @@ from dckpt.engine.run_history import RunHistory
 from dckpt.engine.saver import Saver
 from dckpt.engine.signals import SignalWatch
 from dckpt.engine.validation import Validation
+from dckpt.engine.watch import FirstSteps
 from dckpt.engine.worker import SaveThread
 from dckpt.errors import (
     CheckpointNotFoundError,
@@ -55,6 +56,7 @@ from dckpt.ranks.coordination import Coordination
 from dckpt.ranks.topology import detect_topology
 from dckpt.resume.built import describe_built
 from dckpt.resume.facts.collect import FactCollector
+from dckpt.resume.probe import Probe
 from dckpt.resume.report import LoadResult, ResumeReport
 from dckpt.state.progress import micro_batches
 from dckpt.state.train_state import TrainState
@@ -129,6 +131,7 @@ class Checkpointer(RunHistory):
         self._facts = FactCollector(self._topology.world_size)
         self._validation = Validation(self._storage, self._coordination, self._topology, self._facts)
         self._resume_facts: dict[str, Any] = {}
+        self._watch: FirstSteps | None = None
         self._thread = SaveThread("dckpt-save")
         self._signals = SignalWatch(signals)
         self._cadence = Cadence(save, self._coordination, self._topology, self._signals, deadline_s=deadline_s)
@@ -172,6 +175,8 @@ class Checkpointer(RunHistory):
             return StepAction.STOP
         if progress.micro_step:
             return self._step_within(state, metrics)
+        if self._watch is not None and not self._watch.is_over:
+            self._watch.look(state, is_told=self._topology.is_coordinator)
         if not self._is_warmed:
             # Now the optimizer has its state, and the first save is usually some steps away.
             self._is_warmed = True
@@ -329,7 +334,7 @@ class Checkpointer(RunHistory):
             metrics=plain_metrics(metrics),
             stores_gradients=micro_step > 0 and gradients == "store",
             is_blocking=is_blocking,
-            facts=self._resume_facts,
+            facts={**self._resume_facts, **self._validation.probe_facts(state)},
         )
 
     def _is_busy_anywhere(self, step: int) -> bool:
@@ -342,23 +347,27 @@ class Checkpointer(RunHistory):
 
     # -- loading -------------------------------------------------------------------------------------------------------
 
-    def resume(self, state: TrainState, *, policy: ResumePolicy | None = None) -> ResumeReport | None:
+    def resume(
+        self, state: TrainState, *, policy: ResumePolicy | None = None, probe: Probe | None = None
+    ) -> ResumeReport | None:
         """Loads the newest good checkpoint of the run's current line into `state`, RNG last, and reports.
 
         None means a new run: the root has no checkpoint and no generation that continued one; that is announced.
         Critical findings stop every rank with `ResumeRejectedError` unless `policy` allows them by name or a person at the
         terminal lets them pass; then nothing can be saved until a resume or load succeeds. The report is kept as JSON in
-        `<root>/reports/`.
+        `<root>/reports/`. probe: a batch whose loss is measured here and at each later save, and compared at each later resume.
 
         Corruption that a second, uncached read confirmed walks back to the next older checkpoint; storage trouble and a
         state that does not fit are raised, and so is a run in which every candidate is damaged.
         """
         chosen = policy or ResumePolicy()
+        self._validation.probe = probe
         options = LoadOptions(walk_back=chosen.walk_back, is_resume=True, gradients=chosen.gradients, rng=chosen.rng)
         loaded = self._resume(state, options, call="resume(state)")
         if loaded is None:
             self._saver.lineage.start_fresh(self._loader.observed_generation)
             self._is_joined = True
+            self._resume_facts = self._validation.start_facts(state)
             if self._topology.is_coordinator:
                 announce_new_run(self._storage.locate(""), self._loader.observed_generation)
             return None
@@ -376,7 +385,8 @@ class Checkpointer(RunHistory):
         report, facts = self._validation.accept(state, loaded.result, policy, leg)
         # Only now: a resume that was refused is none, and nothing may be saved on top of it.
         self._adopt(state, loaded, "walk-back" if loaded.result.damaged else "resume")
-        self._resume_facts = {"resumed": facts}
+        self._resume_facts = facts
+        self._watch = None if state.progress is None else FirstSteps(state, loaded.result)
         return report
 
     def start_leg(

@@ -19,6 +19,7 @@ FACE = {
     "Every",
     "LoadResult",
     "PendingSave",
+    "Probe",
     "ResumePolicy",
     "ResumeReport",
     "Retention",

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dckpt.catalog.catalog import Catalog
+from dckpt.dcp.frozen_rows import combine, look_at_frozen_rows, to_json
 from dckpt.engine.attempt import MESSAGE_BYTES_MAX
 from dckpt.engine.fingerprints import compare_fingerprints
 from dckpt.engine.legs import NewLeg
@@ -22,6 +23,7 @@ from dckpt.ranks.topology import Topology
 from dckpt.resume.checks.registry import CHANGED_BY_A_LEG, CHANGED_BY_A_SCHEDULE
 from dckpt.resume.facts.collect import FactCollector
 from dckpt.resume.facts.ranks import rank_facts
+from dckpt.resume.probe import Probe
 from dckpt.resume.report import LoadResult, ResumeReport
 from dckpt.resume.validator import findings_from_json, judge
 from dckpt.state.train_state import TrainState
@@ -39,7 +41,9 @@ class Validation:
     coordination: Coordination
     topology: Topology
     collector: FactCollector
+    probe: Probe | None = field(default=None, init=False)
     count: int = field(default=0, init=False)
+    _load: dict[str, Any] = field(default_factory=dict, init=False)
 
     def run(
         self,
@@ -56,7 +60,7 @@ class Validation:
         session = self.coordination.session(f"validate-{self.count}", what=what, call=what)
         try:
             ranks, current = self._gather(state, loaded, session)
-            load = self._compare(state, loaded, session)
+            load = self._load = self._compare(state, loaded, session)
             answer = session.exchange(
                 "verdict", b"", lambda _: self._judge(loaded, ranks, current, load, (allowed, without), started)
             )
@@ -87,7 +91,9 @@ class Validation:
             log_report(report)
             keep_report(self.storage, report)
         let_pass = decide(report, self.coordination, self.topology, countdown_s=policy.countdown_s, number=self.count)
-        return report, resume_facts(report, allowed, let_pass)
+        base = _without_moments(self._load["frozen_rows"]) | dict(loaded.manifest.facts.get("frozen_rows") or {})
+        later = {"resumed": resume_facts(report, allowed, let_pass)}
+        return report, {**later, "frozen_rows": base} if base else later
 
     def _gather(
         self, state: TrainState, loaded: LoadResult, session: Session
@@ -139,6 +145,11 @@ class Validation:
                 "reason": compared.reason,
             }
         }
+        found["frozen_rows"] = self.frozen_rows(state, session)
+        if loaded.fingerprints is not None:
+            found["same_mesh"] = loaded.fingerprints.is_same_mesh
+        if self.probe is not None:
+            found["probe"] = self.probe.measure(state)
         built = loaded.built
         if built is not None:
             counters = {
@@ -146,6 +157,42 @@ class Validation:
             }
             found["planned_rates"] = built.planned_rates(counters)
         return found
+
+    def frozen_rows(self, state: TrainState, session: Session) -> dict[str, Any]:
+        """Parameter -> rows that must not train, their fingerprint, and what would move them; the same on every rank."""
+        if not state.frozen_rows:
+            return {}
+        own: dict[str, Any] = {}
+        failure: Exception | None = None
+        try:
+            own = to_json(look_at_frozen_rows(state, self.topology))
+        except Exception as error:  # noqa: BLE001 - it travels to all ranks, which raise it together
+            failure = error
+        found = _parse(
+            session.exchange(
+                "frozen rows",
+                dump_json(own),
+                lambda all_: dump_json(combine([_parse(item) for item in all_])),
+                error=failure,
+            )
+        )
+        return {name: {"rows": list(state.frozen_rows[name]), **item} for name, item in found.items()}
+
+    def probe_facts(self, state: TrainState) -> dict[str, Any]:
+        """The loss of the probe batch now, for the checkpoint that is about to be saved; {} without a probe."""
+        return {} if self.probe is None else {"probe": self.probe.measure(state)}
+
+    def start_facts(self, state: TrainState) -> dict[str, Any]:
+        """What manifests say from the first save of a new run on."""
+        if not state.frozen_rows:
+            return {}
+        self.count += 1
+        what = "start of a new run"
+        session = self.coordination.session(f"start-{self.count}", what=what, call="resume(state)")
+        try:
+            return {"frozen_rows": _without_moments(self.frozen_rows(state, session))}
+        finally:
+            session.close()
 
     @staticmethod
     def _beat(session: Session) -> Callable[[int], None]:
@@ -215,6 +262,10 @@ def _read_only(storage: Storage) -> str:
     except DckptError as error:
         return str(error)
     return ""
+
+
+def _without_moments(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    return {name: {"rows": item["rows"], "fingerprint": item["fingerprint"]} for name, item in rows.items()}
 
 
 def _parse(data: bytes) -> dict[str, Any]:

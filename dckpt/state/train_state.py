@@ -66,7 +66,8 @@ class TrainState:
     `ema`: a Module, something with state_dict, or a Mapping of tensors. `extra`: anything of these, and plain values;
     a plain value comes back as `state.extra[key]`. `generators`: named torch or numpy generators. `mesh`: the device
     mesh of the whole job, whose coordinates name this rank. `facts`: plain values that are saved for comparison.
-    RNG is always captured. An `ElasticDistributedSampler` in `data` is moved by `progress.advance()` from now on.
+    `frozen_rows`: parameter name -> rows that must not train, `n` for the first n or (start, stop); each resume proves that
+    they are what they were. RNG is always captured. An `ElasticDistributedSampler` in `data` is moved by `progress.advance()` from now on.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class TrainState:
         extra: Mapping[str, Any] | None = None,
         mesh: DeviceMesh | None = None,
         facts: Mapping[str, Any] | None = None,
+        frozen_rows: Mapping[str, int | tuple[int, int]] | None = None,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -95,6 +97,10 @@ class TrainState:
         self.extra: MutableMapping[str, Any] = extra if isinstance(extra, MutableMapping) else dict(extra or {})
         self.mesh = mesh
         self.facts: dict[str, Any] = dict(facts or {})
+        self.frozen_rows = {
+            name: (0, rows) if isinstance(rows, int) else (int(rows[0]), int(rows[1]))
+            for name, rows in (frozen_rows or {}).items()
+        }
         self._models = _by_prefix(model, what="model")
         for prefix, module in self._models.items():
             model_state.ensure_supported(module, what=f"model{_shown_key(prefix)}")

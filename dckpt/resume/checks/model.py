@@ -244,40 +244,53 @@ def check_ema(evidence: Evidence) -> Iterator[Finding]:
 
 def check_frozen_rows(evidence: Evidence) -> Iterator[Finding]:
     """Rows that must not train (base vocabulary under an extended one) are the saved ones and have no momentum."""
-    declared = get(evidence.current, "frozen_rows") or get(evidence.saved, "frozen_rows")
-    if not declared:
-        return
-    for rank, rows in each_rank(evidence, "frozen_rows"):
-        for name, found in rows.items():
-            was = (get(evidence.saved, "frozen_rows") or {}).get(name, {})
-            if was.get("digest") and found.get("digest") and was["digest"] != found["digest"]:
-                yield finding(
-                    "frozen_rows",
-                    "critical",
-                    f"{name} on rank {rank}: rows that are declared frozen are not those that were saved",
-                    expected=was["digest"],
-                    found=found["digest"],
-                    remedy="load the base rows again; mask their gradient, and give this tensor no weight decay",
-                )
-            if found.get("moments"):
-                yield finding(
-                    "frozen_rows",
-                    "critical",
-                    f"{name} on rank {rank}: frozen rows have moments in the optimizer, so they train: the "
-                    "gradient mask does not hold",
-                    expected="no moments",
-                    found=f"{found['moments']} elements",
-                    remedy="set the gradient mask on the sharded parameter, after wrapping; then reset these rows and moments",
-                )
-            if found.get("weight_decay"):
-                yield finding(
-                    "frozen_rows",
-                    "warning",
-                    f"{name}: weight decay {found['weight_decay']:.9g} moves rows whose gradient is masked",
-                    expected="no weight decay on a tensor with frozen rows",
-                    found=found["weight_decay"],
-                    remedy="put the tensor into a group with weight_decay=0",
-                )
+    now = get(evidence.load, "frozen_rows") or {}
+    base = get(evidence.saved, "frozen_rows") or {}
+    for name in sorted(set(base) - set(now)):
+        yield not_checked(
+            "frozen_rows", f"the frozen rows of {name} are not declared", "pass frozen_rows= to TrainState"
+        )
+    for name, found in now.items():
+        was = base.get(name)
+        if was is None:
+            yield not_checked("frozen_rows", f"the checkpoint does not know frozen rows of {name}", "nothing to do")
+        elif was["rows"] != found["rows"]:
+            yield finding(
+                "frozen_rows",
+                "critical",
+                f"{name}: other rows are declared frozen than when saved",
+                expected=was["rows"],
+                found=found["rows"],
+                remedy="declare the rows of the base vocabulary as before",
+            )
+        elif was["fingerprint"] != found["fingerprint"]:
+            yield finding(
+                "frozen_rows",
+                "critical",
+                f"{name}: rows {found['rows'][0]} to {found['rows'][1]} are declared frozen, and are not what they were at the "
+                "start",
+                expected=was["fingerprint"],
+                found=found["fingerprint"],
+                remedy="copy the base rows in again; mask their gradient on the sharded parameter, without weight decay",
+            )
+        if found["moments"]:
+            yield finding(
+                "frozen_rows",
+                "critical",
+                f"{name}: frozen rows have moments in the optimizer, so they get gradients: the mask does not hold",
+                expected="no moments",
+                found=f"{found['moments']} elements",
+                remedy="set the mask on the sharded parameter, after wrapping; then reset these rows and their moments",
+            )
+        if found["weight_decay"]:
+            yield finding(
+                "frozen_rows",
+                "warning",
+                f"{name}: weight decay {found['weight_decay']:.9g} moves rows whose gradient is masked",
+                expected="no weight decay on a tensor with frozen rows",
+                found=found["weight_decay"],
+                remedy="put the tensor into a group with weight_decay=0",
+            )
 
 
 CHECKS = (

@@ -1,0 +1,62 @@
+"""The first steps after a resume, compared with the losses and the learning rate before it."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from dckpt.findings import Finding
+from dckpt.resume.checks.probe import WATCHED_STEPS, check_first_steps
+from dckpt.resume.report import LoadResult
+from dckpt.state.train_state import TrainState
+
+log = logging.getLogger(__name__)
+
+LOOKS = (5, 10, WATCHED_STEPS)
+"""Steps after the resume at which losses are fetched from the device: each waits for it."""
+
+
+class FirstSteps:
+    """Looks at a few of the first steps and tells what does not fit; each finding once. Changes nothing."""
+
+    def __init__(self, state: TrainState, loaded: LoadResult) -> None:
+        progress = state.progress
+        self._begin = progress.step
+        self._before = [loss for _, loss in progress.loss_history]
+        self._rate = _rate_of(loaded.manifest.facts)
+        self._samples = progress.batch_history[-1][1] if progress.batch_history else None
+        self._rates: list[float] = []
+        self._told: set[str] = set()
+        self.findings: list[Finding] = []
+
+    @property
+    def is_over(self) -> bool:
+        """All watched steps are done."""
+        return len(self._rates) >= WATCHED_STEPS
+
+    def look(self, state: TrainState, *, is_told: bool) -> None:
+        """Call after each step. `is_told`: whether this rank logs what it finds."""
+        rate = state.optimizers[0].param_groups[0]["lr"] if state.optimizers else 0.0
+        self._rates.append(float(rate) if isinstance(rate, (int, float)) else 0.0)
+        if len(self._rates) not in LOOKS:
+            return
+        progress = state.progress
+        after = [loss for step, loss in progress.loss_history if step > self._begin]
+        samples = progress.batch_history[-1][1] if progress.batch_history else None
+        found = check_first_steps(
+            self._before, after, rates=self._rates, saved_rate=self._rate, samples=samples, saved_samples=self._samples
+        )
+        for finding in found:
+            if finding.expected not in self._told:
+                self._told.add(finding.expected)
+                self.findings.append(finding)
+                if is_told:
+                    log.warning("%s [%s] %s", finding.severity, finding.check, finding.message)
+
+
+def _rate_of(facts: Any) -> float | None:
+    for optimizer in (facts.get("optim") or {}).values():
+        for group in optimizer.get("groups", []):
+            rate = group.get("options", {}).get("lr")
+            return float(rate) if isinstance(rate, (int, float)) else None
+    return None

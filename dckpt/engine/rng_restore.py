@@ -24,7 +24,7 @@ _REFUSED: Mapping[RngPolicy, tuple[RngAction, ...]] = {
     "derive": (),
     "fresh": (),
     "refuse": ("rekey",),
-    "exact": ("copy", "rekey", "fresh", "drop"),
+    "exact": ("copy", "rekey", "fresh", "drop", "void"),
 }
 
 

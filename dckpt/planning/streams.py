@@ -10,7 +10,7 @@ from dckpt.errors import ConfigError
 from dckpt.format.sealed_json import JsonValue
 from dckpt.format.streams import EPOCH_PREFIX, rekey_stream, run_seed_of
 
-RngAction = Literal["exact", "copy", "rekey", "fresh", "drop"]
+RngAction = Literal["exact", "copy", "rekey", "fresh", "drop", "void"]
 
 TOLD: dict[RngAction, str] = {
     "exact": "exact",
@@ -18,6 +18,7 @@ TOLD: dict[RngAction, str] = {
     "rekey": "re-derived",
     "fresh": "not saved, left as seeded",
     "drop": "saved, not present in this process",
+    "void": "of ranks that are others now, left out",
 }
 """What a person is told of each."""
 
@@ -80,7 +81,8 @@ def plan_rng(
     """Stream -> what a resuming rank does with it.
 
     exact: its own bytes. copy: any rank's bytes, they are equal. rekey: `rekey_stream` on every rank. drop: this process
-    has no such device or generator. fresh: live and never saved, left as the program seeded it.
+    has no such device or generator. fresh: live and never saved, left as the program seeded it. void: where a rank's own
+    iterators of an epoch began, on a mesh with other ranks; a derived state would give them an order that nobody began.
     """
     plan: dict[str, RngAction] = {}
     for stream, axes in saved.items():
@@ -88,6 +90,8 @@ def plan_rng(
             plan[stream] = "drop"
         elif same_mesh:
             plan[stream] = "exact"
+        elif axes and stream.startswith(EPOCH_PREFIX):
+            plan[stream] = "void"
         else:
             plan[stream] = "rekey" if axes else "copy"
     for stream in available:

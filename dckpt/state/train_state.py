@@ -196,7 +196,7 @@ class TrainState:
         The first time in an epoch the streams go on, and where they stood is kept and saved with every checkpoint of the
         epoch. Entered again, as after a resume, the streams stand there inside (the value is True), and afterwards where
         they stood before: so workers get their seeds and a sampler its order again, and skipping what was consumed draws what
-        it drew then. The epoch is that of `progress`.
+        it drew then. The epoch is that of `progress`. On another mesh only streams that all ranks share stand there.
         """
         return self._streams.at_epoch_start(self._epoch())
 

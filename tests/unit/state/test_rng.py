@@ -144,6 +144,7 @@ def test_streams_are_classified_by_the_axes_along_which_they_vary():
 
 def test_the_plan_is_exact_on_the_same_mesh_and_copies_or_rekeys_on_another():
     saved = {"python": (), "torch": ("dp",), "cuda": ("dp",), "cuda:3": (), "generator:old": ()}
+    begun = {"epoch.python": (), "epoch.torch": ("dp",), "epoch.generator:old": ("dp",)}
     live = ["python", "torch", "cuda", "cuda:0", "generator:new"]
     assert plan_rng(saved, same_mesh=True, available=live) == {
         "python": "exact", "torch": "exact", "cuda": "exact", "cuda:3": "drop", "generator:old": "drop",
@@ -152,6 +153,14 @@ def test_the_plan_is_exact_on_the_same_mesh_and_copies_or_rekeys_on_another():
     assert plan_rng(saved, same_mesh=False, available=live) == {
         "python": "copy", "torch": "rekey", "cuda": "rekey", "cuda:3": "drop", "generator:old": "drop",
         "generator:new": "fresh",
+    }  # fmt: skip
+    live += [f"epoch.{stream}" for stream in live]
+    actions = [plan_rng(begun, same_mesh=same, available=live) for same in (True, False)]
+    assert {name: how for name, how in actions[0].items() if name.startswith("epoch.")} == {
+        "epoch.python": "exact", "epoch.torch": "exact", "epoch.generator:old": "drop",
+    }  # fmt: skip
+    assert {name: how for name, how in actions[1].items() if name.startswith("epoch.")} == {
+        "epoch.python": "copy", "epoch.torch": "void", "epoch.generator:old": "drop",
     }  # fmt: skip
 
 

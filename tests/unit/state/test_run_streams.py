@@ -96,6 +96,25 @@ def test_streams_come_back_when_making_the_iterators_fails():
     assert RngState.capture() == now
 
 
+def test_a_stream_whose_start_is_not_known_goes_on_beside_those_that_are_replayed():
+    """As on another mesh: what ranks share is known there, and what was one rank's own is not."""
+    state = make(generators={"shared": np.random.default_rng(1)})
+    with state.epoch_start_rng():
+        expected = state.generators["shared"].random()
+    known = {name: value for name, value in state.capture().rng.items() if name != "epoch.torch"}
+    other = make(generators={"shared": np.random.default_rng(9)})
+    other.restore_rng(known)
+    torch.manual_seed(8)
+    number = torch.rand(2)[1].item()
+    torch.manual_seed(8)
+    torch.rand(1)
+    with other.epoch_start_rng() as again:
+        assert again
+        assert other.generators["shared"].random() == expected
+        assert torch.rand(1).item() == number
+    assert torch.rand(1).item() == number
+
+
 def test_remaps_are_carried_over_and_the_oldest_are_dropped():
     state = make()
     state.note_rng([{"n": number} for number in range(REMAPS_MAX)], {"n": "new"}, ("numpy",))

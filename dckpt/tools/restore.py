@@ -56,7 +56,7 @@ class FileState:
 
     is_intact: every byte in place is good. segments: all good blocks, ascending. lost: the others; proved: byte ranges in them
     that are good in place all the same, because the fingerprint of their tensor is. plan: where its tensors lie, if that is
-    known. notes: what was restored and from where, a sentence each.
+    known. taken: from where -> the blocks that were restored. notes: what was restored and from where, a sentence each.
     """
 
     entry: FileEntry
@@ -68,6 +68,7 @@ class FileState:
     lost: list[tuple[int, int]] = field(default_factory=list)
     proved: list[tuple[int, int]] = field(default_factory=list)
     plan: ShardFilePlan | None = None
+    taken: dict[str, list[int]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -247,6 +248,9 @@ class Restorer:
             held[segment.first : segment.stop] = True
         state.lost = _runs(~held)
         state.proved = list(self._prove(state))
+        state.notes += [
+            f"{_shown_blocks(state, blocks)} of {state.entry.name} {how}" for how, blocks in state.taken.items()
+        ]
 
     def _prove(self, state: FileState) -> Iterator[tuple[int, int]]:
         """Chunks that touch a lost block and have their recorded fingerprint in place: the damage is in another one's bytes."""
@@ -283,7 +287,7 @@ class Restorer:
             found += [Segment(begin, end, place) for begin, end in _stretches(taken)]
             left -= set(taken)
             if taken and place is not state.place:
-                state.notes.append(f"{_shown_blocks(state, taken)} of {state.entry.name} from {place.label}")
+                state.taken.setdefault(f"from {place.label}", []).extend(taken)
             if not left:
                 return found
         for block in sorted(left):
@@ -317,8 +321,7 @@ class Restorer:
         tries.insert(0, (whole, ", ".join(dict.fromkeys(label for _, _, label in parts))))
         for tried, label in tries:
             if self._matches(state, block, tried):
-                what = f"{_shown_blocks(state, [block])} of {state.entry.name} put together from equal bytes in {label}"
-                state.notes.append(what)
+                state.taken.setdefault(f"put together from equal bytes in {label}", []).append(block)
                 return Segment(block, block + 1, bytes(tried))
         return None
 
@@ -426,4 +429,6 @@ def _stretches(blocks: list[int]) -> list[tuple[int, int]]:
 
 def _shown_blocks(state: FileState, blocks: list[int]) -> str:
     size = sum(min((block + 1) * BLOCK_BYTES, state.entry.size) - block * BLOCK_BYTES for block in blocks)
-    return f"{size:,} bytes from byte {blocks[0] * BLOCK_BYTES:,} on"
+    places = len(_stretches(sorted(blocks)))
+    where = "" if places == 1 else f" in {places:,} places"
+    return f"{size:,} bytes{where} from byte {min(blocks) * BLOCK_BYTES:,} on"

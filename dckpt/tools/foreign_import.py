@@ -149,7 +149,7 @@ class _Import:
             return found
         if self.state.has_order:
             names = tuple(name.removeprefix("model.") for name in self.tensors if not _is_buffer(name))
-            return ModelOrder(names, label="the order of the weights file")
+            return ModelOrder(names, label="the weights file")
         return None
 
     def _take_ties(self, order: ModelOrder | None) -> None:

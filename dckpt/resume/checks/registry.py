@@ -7,13 +7,14 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from dckpt.findings import Finding
-from dckpt.resume.checks import data, environment, history, model, probe, schedule, settings, streams, tensors
+from dckpt.resume.checks import data, environment, history, model, origin, probe, schedule, settings, streams, tensors
 from dckpt.resume.checks.base import Check, Evidence, Phase
 
 log = logging.getLogger(__name__)
 
 ALL_CHECKS: tuple[Check, ...] = (
     *history.CHECKS,
+    *origin.CHECKS,
     *settings.CHECKS,
     *data.CHECKS,
     *tensors.CHECKS,

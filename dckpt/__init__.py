@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from dckpt.data.sampler import ElasticDistributedSampler
     from dckpt.data.seeding import SampleIndex, SampleRandom, SeededDataset, seeded_sample
     from dckpt.data.split import Split, split_indices
+    from dckpt.data.stateful import adapt_loader
     from dckpt.dcp.planner import DckptLoadPlanner, DckptSavePlanner
     from dckpt.dcp.reader import DckptReader
     from dckpt.dcp.writer import DckptWriter
@@ -81,6 +82,7 @@ _HOMES = {
     "TrainProgress": "dckpt.state.progress",
     "TrainState": "dckpt.state.train_state",
     "evaluating": "dckpt.state.evaluating",
+    "adapt_loader": "dckpt.data.stateful",
     "fingerprint_files": "dckpt.data.fingerprint",
     "rng_slot": "dckpt.state.rng_state",
     "seeded_sample": "dckpt.data.seeding",
@@ -157,6 +159,7 @@ __all__ = [
     "TransientStorageError",
     "UnknownOutcomeError",
     "__version__",
+    "adapt_loader",
     "evaluating",
     "fingerprint_files",
     "rng_slot",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sized
+import weakref
+from collections.abc import Callable, Iterator, Sized
 from typing import Any, Protocol
 
 import torch.distributed as dist
@@ -93,7 +94,7 @@ class ElasticDistributedSampler(Sampler[int]):
         _ensure_int("seed", seed, 0, SEED_MAX)
         if tail not in ("drop", "short"):
             raise ConfigError(f"ElasticDistributedSampler(tail={tail!r}): expected 'drop' or 'short'")
-        self._micro, self._accumulation, self._ranks = _shape_of(batch)
+        self._micro, self._accumulation, self._ranks = shape_of(batch)
         self._step = self._micro * self._accumulation * self._ranks
         self._rank = _rank_among(self._ranks) if rank is None else rank
         _ensure_int("rank", self._rank, 0, self._ranks - 1)
@@ -104,7 +105,7 @@ class ElasticDistributedSampler(Sampler[int]):
         self._sample_keys = sample_keys
         self._fingerprint = dataset_fingerprint
         self._place = Position(size)
-        self._progress: ProgressLike | None = None
+        self._skipped: Callable[[], int] = _nothing
         self._finished = 0
         self._last_pass: Position | None = None
         if not self._place.next_step(self._step, tail):
@@ -166,12 +167,12 @@ class ElasticDistributedSampler(Sampler[int]):
                 f"TrainState(data=): an ElasticDistributedSampler is moved by a TrainProgress, found progress of type "
                 f"{type(progress).__name__}. Pass progress=dckpt.TrainProgress(...)"
             )
-        if progress.batch is not None and _shape_of(progress.batch) != (self._micro, self._accumulation, self._ranks):
+        if progress.batch is not None and shape_of(progress.batch) != (self._micro, self._accumulation, self._ranks):
             raise ConfigError(
                 f"TrainState: expected one batch, found {progress.batch} in the progress and micro={self._micro}, "
                 f"accumulation={self._accumulation}, data_parallel={self._ranks} in the sampler. Give both the same dckpt.Batch"
             )
-        self._progress = progress
+        self._skipped = micro_steps_of(progress)
 
     # The indices.
 
@@ -194,10 +195,6 @@ class ElasticDistributedSampler(Sampler[int]):
 
     def _whole_steps(self) -> int:
         return (self._place.size - self._place.cursor) // self._step
-
-    def _skipped(self) -> int:
-        """Micro-batches of the step under way whose gradients were saved and loaded: they are not trained on again."""
-        return int(self._progress.micro_step) if self._progress is not None else 0
 
     def _micro_batches(self) -> Iterator[list[int]]:
         start = self._place
@@ -271,14 +268,14 @@ class ElasticDistributedSampler(Sampler[int]):
             for name, remedy in _REMEDIES.items()
             if state_dict.get(name) != own[name]
         ]
-        return found or self._tail_faults(_position_of(state_dict, self._place.size))
+        return found or self._tail_faults(position_of(state_dict, self._place.size))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a saved position, on any number of ranks.
 
         `IncompatibleStateError` if it belongs to another order, `CorruptCheckpointError` if it cannot be a position.
         """
-        place = _position_of(state_dict, state_dict.get("size"))
+        place = position_of(state_dict, state_dict.get("size"))
         differences = self.differences(state_dict)
         if differences:
             raise IncompatibleStateError(f"Sampler: {'; '.join(differences)}.", differences=differences)
@@ -320,6 +317,25 @@ class MicroBatches(Sampler[list[int]]):
         return steps * sampler._accumulation - sampler._skipped()
 
 
+def micro_steps_of(progress: ProgressLike) -> Callable[[], int]:
+    """Micro-batches of the step under way whose gradients were saved and loaded: they are not drawn again.
+
+    Does not keep the progress alive: it holds what it moves, and a cycle would leave the end of a loader's workers to the
+    garbage collector.
+    """
+    held = weakref.ref(progress)
+
+    def skipped() -> int:
+        found = held()
+        return 0 if found is None else int(found.micro_step)
+
+    return skipped
+
+
+def _nothing() -> int:
+    return 0
+
+
 _NEW_DATA = "For other data begin a leg: checkpointer.start_leg(state) in place of resume"
 _REMEDIES = {
     "order_version": "Finish the epoch with the version of dckpt that began it",
@@ -329,7 +345,8 @@ _REMEDIES = {
 }
 
 
-def _position_of(state_dict: dict[str, Any], size: Any) -> Position:
+def position_of(state_dict: dict[str, Any], size: Any) -> Position:
+    """The saved position in a data set of `size`. `CorruptCheckpointError` if it cannot be one."""
     for name, value, least in (
         ("size", size, 1),
         ("epoch", state_dict.get("epoch"), 0),
@@ -346,7 +363,8 @@ def _position_of(state_dict: dict[str, Any], size: Any) -> Position:
     return Position(size, state_dict["epoch"], state_dict["cursor"])
 
 
-def _shape_of(batch: Any) -> tuple[int, int, int]:
+def shape_of(batch: Any) -> tuple[int, int, int]:
+    """(micro, accumulation, data_parallel) of a batch. `ConfigError` if it is none."""
     shape = [getattr(batch, name, None) for name in ("micro", "accumulation", "data_parallel")]
     micro, accumulation, ranks = (value if type(value) is int and value > 0 else 0 for value in shape)
     if not (micro and accumulation and ranks):

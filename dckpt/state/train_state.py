@@ -67,7 +67,8 @@ class TrainState:
     a plain value comes back as `state.extra[key]`. `generators`: named torch or numpy generators. `mesh`: the device
     mesh of the whole job, whose coordinates name this rank. `facts`: plain values that are saved for comparison.
     `frozen_rows`: parameter name -> rows that must not train, `n` for the first n or (start, stop); each resume proves that
-    they are what they were. RNG is always captured. An `ElasticDistributedSampler` in `data` is moved by `progress.advance()` from now on.
+    they are what they were. RNG is always captured. An `ElasticDistributedSampler` in `data` is moved by
+    `progress.advance()` from now on.
     """
 
     def __init__(

@@ -94,8 +94,8 @@ def check_first_steps(
             yield finding(
                 "first_steps",
                 "warning",
-                f"the loss rose to {max(after):.4g} within {len(after)} steps of the resume; before it, it was {level:.4g} and moved "
-                f"by {spread:.3g}",
+                f"the loss rose to {max(after):.4g} within {len(after)} steps of the resume; before it, it was {level:.4g} "
+                f"and moved by {spread:.3g}",
                 expected=f"at most {limit:.4g}",
                 found=max(after),
                 remedy="stop, and look at the resume report: lost moments, another learning rate or other data do this",

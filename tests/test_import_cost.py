@@ -84,6 +84,7 @@ def test_no_command_imports_torch(command: str, long_run: Path) -> None:
         "rollback": [run, "--to", "500", "--dry-run"],
         "import": [str(foreign), str(long_run.parent / "imported"), "--dry-run"],
         "reshard": [run, str(long_run.parent / "new"), "--world-size", "3"],
+        "explain": ["learning_rate"],
     }.get(command, [run])
     code = (
         "import sys\n"

@@ -37,6 +37,7 @@ COMMANDS: dict[str, str] = {
     "rollback": "Make an earlier step the latest again; nothing is deleted.",
     "import": "Make a checkpoint of another kind the first one of a run.",
     "reshard": "Rewrite a checkpoint for another number of ranks.",
+    "explain": "What a check of the resume report means, and what to do.",
 }
 
 # `import` is a word of the language and cannot be a function's name.

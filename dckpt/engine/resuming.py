@@ -12,7 +12,7 @@ from dckpt.format.layout import checkpoint_name
 from dckpt.format.values import dump_json
 from dckpt.ranks.coordination import Coordination
 from dckpt.ranks.topology import Topology
-from dckpt.resume.report import ResumeReport
+from dckpt.resume.report import ResumeReport, page_of
 from dckpt.storage.base import Storage
 
 log = logging.getLogger(__name__)
@@ -66,7 +66,8 @@ def decide(
     more = f" And {len(report.critical) - 1} more." if len(report.critical) > 1 else ""
     raise ResumeRejectedError(
         f"Resume from {report.loaded.checkpoint}: {len(report.critical)} critical findings; training does not start. "
-        f"[{first.check}] {first.message}{more} To go on all the same: ResumePolicy(allow={names!r}).",
+        f"[{first.check}] {first.message}{more} `{page_of(first.check)}` says more. To go on all the same: "
+        f"ResumePolicy(allow={names!r}).",
         report=report.to_json(),
     )
 

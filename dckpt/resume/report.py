@@ -101,7 +101,8 @@ class ResumeReport:
             names = dict.fromkeys(finding.check for finding in self.not_checked)
             lines.append(f"  not checked, for lack of a fact: {', '.join(names)}")
         if self.findings:
-            lines.append("  `dckpt explain CHECK` says what a check means, what it needs, and what to do.")
+            first = self.findings[0].check
+            lines.append(f"  `{page_of(first)}`, and so for each check: what it means, what it needs, what to do.")
         return "\n".join(lines)
 
     def counts(self) -> str:
@@ -130,5 +131,10 @@ class ResumeReport:
             "carried_from_rank_0": list(loaded.carried_from_rank_0),
             "passed": self.passed,
             "seconds": round(self.seconds, 3),
-            "findings": [finding.to_json() for finding in self.findings],
+            "findings": [{**finding.to_json(), "page": page_of(finding.check)} for finding in self.findings],
         }
+
+
+def page_of(check: str) -> str:
+    """The command that prints the page of a check."""
+    return f"dckpt explain {check}"

@@ -49,7 +49,7 @@ def test_a_page_has_the_title_and_the_phase_of_its_check(check) -> None:
 
 
 def given_severities() -> dict[str, set[str]]:
-    """Check -> severities in the calls of `finding("<check>", <severity>, ...)`; a check with one that is computed is left out."""
+    """Check -> severities in calls of `finding("<check>", <severity>, ...)`; checks with one that is computed are left out."""
     found: dict[str, set[str]] = defaultdict(set)
     computed: set[str] = set()
     for path in (ROOT / "dckpt/resume/checks").glob("*.py"):
@@ -74,7 +74,9 @@ def test_pages_name_the_severities_that_the_checks_give() -> None:
 def test_the_index_lists_every_page_under_its_phase() -> None:
     index = (PAGES / "README.md").read_text()
     for phase, words in PHASES.items():
-        rows = re.search(rf"## {words[:1].upper()}{words[1:]}\n\n.*?\|---\|---\|---\|\n(.*?)(?:\n\n|\Z)", index, re.DOTALL)
+        rows = re.search(
+            rf"## {words[:1].upper()}{words[1:]}\n\n.*?\|---\|---\|---\|\n(.*?)(?:\n\n|\Z)", index, re.DOTALL
+        )
         assert rows is not None, phase
 
         assert rows[1].strip().splitlines() == [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -300,6 +300,7 @@ class _Preparation:
                 rank_values = tuple(dict.fromkeys((*new.rank_values, RNG)))
                 new = replace(new, rng=streams.axes, rank_values=rank_values, parts=_with_part(new.parts, RNG))
             new = _without_names(new, layout.index)
+            new = replace(new, facts=_true_facts(new, frozenset(self.consent)))
         destination = self._destination(manifest, sha256)
         plan = RepairPlan(
             source=self.storage.locate(self.name),
@@ -467,6 +468,19 @@ def _with_part(parts: Sequence[str], part: str) -> tuple[str, ...]:
     found = [*(item for item in parts if item != RNG), part, *(item for item in parts if item == RNG)]
     known = [item for item in _ORDER if item in found]
     return (*known, *(item for item in found if item not in _ORDER and item != RNG), *([RNG] if RNG in found else []))
+
+
+def _true_facts(manifest: Manifest, given_up: Collection[str]) -> dict[str, Any]:
+    """The facts without those that describe what was given up: a resume would compare the live state with them."""
+    facts = dict(manifest.facts)
+    tensors = facts.get("tensors")
+    if isinstance(tensors, Mapping):
+        facts["tensors"] = {part: held for part, held in tensors.items() if part not in given_up}
+    if "optim" in given_up:
+        facts.pop("steps", None)
+    if isinstance(facts.get("parts"), list):
+        facts["parts"] = list(manifest.parts)
+    return facts
 
 
 def _without_names(manifest: Manifest, index: LayoutIndex) -> Manifest:

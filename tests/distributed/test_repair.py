@@ -84,3 +84,23 @@ def test_streams_of_a_lost_rank_are_derived_and_its_neighbours_in_the_block_are_
         assert differing <= ({"rng:torch", "rng:python", "rng:numpy"} if rank == 1 else set()), differing
     assert resumed[1][0]["rng:torch"] != before[1]["rng:torch"]
     assert resumed[0][0]["rng:torch"] != resumed[1][0]["rng:torch"]
+
+
+def test_a_run_goes_on_without_the_moments_that_were_given_up(ranks, tmp_path: Path):
+    """Those of one parameter, on every rank; everything else is as it was saved, and the resume says what is missing."""
+    root = tmp_path / "run"
+    before = ranks.run(train_and_save_twice, 2, str(root), "fsdp", 3)
+    name = "blocks.0.up.weight"
+    begin, end = where(root, f"optim.{name}.exp_avg", 1)
+    overwrite(shard(root, 1), begin, os.urandom(end - begin))
+
+    told = repair(root, "--accept-loss")
+    resumed = ranks.run(resume_train_save, 2, str(root), "fsdp", 2)
+
+    assert f"optim.{name}.exp_avg in rank00001.safetensors" in told and "moments are lost and are not invented" in told
+    for saved, (found, losses, findings) in zip(before, resumed, strict=True):
+        gone = {f"optim.{name}.{key}" for key in ("exp_avg", "exp_avg_sq", "step")}
+        assert saved.keys() - found.keys() == gone
+        assert all(found[key] == saved[key] for key in found)
+        assert len(losses) == 2
+        assert any("lacks what was lost there" in line for line in findings), findings

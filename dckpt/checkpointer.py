@@ -418,11 +418,14 @@ class Checkpointer(RunHistory):
                 raise nothing_to_continue(self._storage.locate(""))
             end = saved_as(self.save(state, blocking=True))
         else:
-            loaded = self._resume(state, LoadOptions(walk_back=True, is_resume=True, leg=leg), call="start_leg(state)")
+            chosen = policy or ResumePolicy()
+            options = LoadOptions(walk_back=chosen.walk_back, is_resume=True, rng=chosen.rng, leg=leg)
+            loaded = self._resume(state, options, call="start_leg(state)")
             if loaded is None:
                 raise nothing_to_continue(self._storage.locate(""))
-            self._accept(state, loaded, policy or ResumePolicy(), leg)
+            self._accept(state, loaded, chosen, leg)
             if not loaded.result.begins_leg:
+                self._is_over = progress.done
                 return False
             end = loaded.identity
         begin_leg(state, progress, leg, end, is_told=self._topology.is_coordinator)

@@ -30,6 +30,7 @@ COMMANDS: dict[str, str] = {
     "ls": "List the checkpoints of a run.",
     "show": "Everything about one checkpoint.",
     "verify": "Read every byte of a checkpoint and say what it is good for.",
+    "doctor": "Would this run resume cleanly with these settings?",
     "repair": "Give back what can be proved, fill in what can be derived.",
     "prune": "Remove checkpoints by a policy, superseded steps and leftovers.",
     "pin": "Keep a checkpoint whatever the policy says.",

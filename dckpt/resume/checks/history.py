@@ -23,6 +23,21 @@ def check_walked_back(evidence: Evidence) -> Iterator[Finding]:
         )
 
 
+def check_files(evidence: Evidence) -> Iterator[Finding]:
+    """Every file that the manifest names is there and has its size."""
+    faults = evidence.checkpoint.get("file_faults")
+    if not faults:
+        return  # a load has read them all
+    yield finding(
+        "files",
+        "critical",
+        f"{len(faults)} files of {evidence.checkpoint.get('name')} are missing or have another size: {some(faults)}",
+        expected="every file with its size",
+        found=list(faults),
+        remedy="run `dckpt verify` and `dckpt repair` on it; resume would walk back to an older step, or allow files",
+    )
+
+
 def check_same_checkpoint(evidence: Evidence) -> Iterator[Finding]:
     """All ranks loaded the same checkpoint, and stand at the same step."""
     for what, path in (("checkpoint", "checkpoint"), ("step", "step")):
@@ -142,6 +157,7 @@ CHECKS = (
     Check("same_checkpoint", "One checkpoint and one step on all ranks", "after", check_same_checkpoint),
     Check("parts", "All parts were loaded", "after", check_parts),
     Check("rank_tensors", "Tensors that differ by rank", "after", check_rank_tensors),
+    Check("files", "Files of the checkpoint", "before", check_files),
     Check("lineage", "History of the run", "before", check_lineage),
     Check("next_save", "Room for the next save", "before", check_next_save),
 )

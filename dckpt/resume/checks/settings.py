@@ -36,7 +36,7 @@ def check_global_batch(evidence: Evidence) -> Iterator[Finding]:
             "schedule and step counts no longer mean the same",
             expected=f"{before} samples a step",
             found=now,
-            remedy="set micro x accumulation x data_parallel to the saved product, or allow global_batch if the change is wanted",
+            remedy=_batch_remedy(before, new),
         )
     elif old != new:
         yield finding(
@@ -47,6 +47,19 @@ def check_global_batch(evidence: Evidence) -> Iterator[Finding]:
             found=_split(new),
             remedy="nothing to do: the same samples make each step",
         )
+
+
+def _batch_remedy(samples: int, batch: Any) -> str:
+    """With the accumulation that keeps the product, if there is one."""
+    rest = batch["micro"] * batch["data_parallel"]
+    if samples % rest == 0:
+        return f"set accumulation to {samples // rest}, or allow global_batch if the change is wanted"
+    rest = batch["accumulation"] * batch["data_parallel"]
+    if samples % rest == 0:
+        return f"set the micro-batch to {samples // rest}, or allow global_batch if the change is wanted"
+    return (
+        "set micro x accumulation x data_parallel to the saved product, or allow global_batch if the change is wanted"
+    )
 
 
 def _split(batch: Any) -> str:
@@ -147,6 +160,29 @@ def _arrangement(size: Any, mesh: Any) -> str:
     return f"{size} ranks ({', '.join(f'{axis}={count}' for axis, count in mesh.items())})"
 
 
+def check_training_parts(evidence: Evidence) -> Iterator[Finding]:
+    """The checkpoint holds what training needs besides weights."""
+    parts = evidence.checkpoint.get("parts") or ()
+    if "optim" not in parts:
+        yield finding(
+            "training_parts",
+            "critical" if evidence.load is None else "info",
+            "the checkpoint holds no optimizer state: moments would start empty, and the loss may spike",
+            expected="part optim",
+            found=list(parts),
+            remedy="resume from another checkpoint, or load the weights alone and warm the learning rate up again",
+        )
+    elif "progress" not in parts:
+        yield finding(
+            "training_parts",
+            "warning" if evidence.load is None else "info",
+            "the checkpoint holds no counters: steps, epochs and samples are counted from zero",
+            expected="part progress",
+            found=list(parts),
+            remedy="pass progress= to TrainState",
+        )
+
+
 def check_samples(evidence: Evidence) -> Iterator[Finding]:
     """The counters of steps and samples agree with each other."""
     progress = get(evidence.saved, "progress")
@@ -186,5 +222,6 @@ CHECKS = (
     Check("accumulation", "Position inside gradient accumulation", "before", check_accumulation),
     Check("work_remains", "Steps that are left to train", "before", check_work_remains),
     Check("world_size", "Number and arrangement of ranks", "before", check_world_size),
+    Check("training_parts", "What training needs besides weights", "before", check_training_parts),
     Check("samples", "Count of samples", "before", check_samples),
 )

@@ -10,7 +10,8 @@ from typing import Any
 from dckpt.errors import DckptError
 from dckpt.format.checksum import digest_bytes
 from dckpt.format.values import encode_value
-from dckpt.resume.facts.environment import code_facts, library_facts, precision_facts, world_facts
+from dckpt.resume.facts.code import code_facts
+from dckpt.resume.facts.environment import library_facts, precision_facts, world_facts
 from dckpt.resume.facts.model import ModelFacts
 from dckpt.resume.facts.training import (
     by_key,

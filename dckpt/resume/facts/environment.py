@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-import logging
 import platform
-import subprocess
-import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,10 +14,6 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from dckpt.state.naming import loaded_class
 from dckpt.version import __version__
-
-log = logging.getLogger(__name__)
-
-GIT_S_MAX = 10.0
 
 
 def writer_versions() -> dict[str, str]:
@@ -87,37 +78,3 @@ def world_facts(mesh: DeviceMesh | None, world_size: int) -> dict[str, Any]:
         return {"size": world_size, "mesh": None}
     names = mesh.mesh_dim_names or tuple(f"dim{i}" for i in range(mesh.ndim))
     return {"size": world_size, "mesh": dict(zip(names, mesh.shape, strict=True))}
-
-
-@functools.cache
-def code_facts() -> dict[str, str]:
-    """The program that trains: its file, a digest of it, and the commit and uncommitted changes of its git work tree.
-
-    Asked once for a process. What cannot be found out is left out: no git, no work tree, an interactive session.
-    """
-    main = getattr(sys.modules.get("__main__"), "__file__", None)
-    place = Path(main).resolve() if main else None
-    if place is None or not place.is_file():
-        return {}
-    found = {"script": place.name, "script_digest": hashlib.blake2b(place.read_bytes(), digest_size=16).hexdigest()}
-    commit = _git(place.parent, "rev-parse", "HEAD")
-    if commit is not None:
-        found["commit"] = commit.decode().strip()
-        changes = _git(place.parent, "diff", "HEAD")
-        if changes:
-            found["changes"] = hashlib.blake2b(changes, digest_size=16).hexdigest()
-    return found
-
-
-def _git(directory: Path, *arguments: str) -> bytes | None:
-    try:
-        done = subprocess.run(
-            ["git", "--no-optional-locks", "-C", str(directory), *arguments],
-            capture_output=True,
-            timeout=GIT_S_MAX,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        log.debug("code version not found out: %s", error)
-        return None
-    return done.stdout if done.returncode == 0 else None

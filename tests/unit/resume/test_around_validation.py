@@ -6,6 +6,7 @@ import logging
 import os
 import pty
 import threading
+import time
 
 import pytest
 import torch
@@ -239,6 +240,14 @@ class Terminal:
         except OSError:
             return
 
+    def text_until(self, end: str) -> str:
+        """What was shown, once `end` was."""
+        for _ in range(500):
+            if end.encode() in self.shown:
+                break
+            time.sleep(0.01)
+        return self.shown.decode()
+
     def close(self) -> None:
         self.stdin.close()
         self.stderr.close()
@@ -275,9 +284,8 @@ def test_without_a_yes_the_run_stops(terminal, refused, answer):
         os.write(terminal.person, answer)
 
     assert not ask_to_go_on(refused, 0.6, terminal.stdin, terminal.stderr)
-    terminal.stderr.flush()
-    assert b"Stopping in" in terminal.shown
-    assert b"global_batch" in terminal.shown
+    assert "global_batch" in terminal.text_until("Stopped.")
+    assert "Stopping in" in terminal.text_until("Stopped.")
 
 
 def test_a_pipe_is_nobody(tmp_path):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import re
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
+import dckpt
 from dckpt.checkpointer import Checkpointer
 from dckpt.data.order import EpochOrder
 from dckpt.data.sampler import ElasticDistributedSampler
@@ -155,6 +158,26 @@ def test_augmentation_does_not_depend_on_ranks_workers_batches_or_kills(dataset)
         ranks += found + [item for micro in islice(loader, 24) for item in micro.tolist()]
 
     assert sorted(map(tuple, ranks)) == sorted(map(tuple, whole))
+
+
+def test_the_example_in_the_readme_trains_each_sample_once_an_epoch():
+    readme = (Path(__file__).parents[3] / "README.md").read_text()
+    (block,) = [text for text in re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL) if "batches()" in text]
+    dataset, model = Numbers(), nn.Linear(1, 1)
+    names = {"dckpt": dckpt, "torch": torch, "DataLoader": DataLoader, "dataset": dataset, "world_size": 1}
+    names |= {"model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.1)}
+    exec(block, names)
+    progress, taken = names["progress"], []
+    while not progress.done:
+        for micro in names["loader"]:
+            taken += micro.tolist()
+            if progress.accumulate():
+                progress.advance()
+
+    assert progress.epoch == progress.max_epochs == 3
+    assert taken == [
+        index for epoch in range(3) for index in EpochOrder(0, epoch, SIZE).indices(np.arange(32)).tolist()
+    ]
 
 
 def test_a_seeded_sample_leaves_the_global_streams_as_they_were():

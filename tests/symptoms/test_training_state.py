@@ -86,6 +86,22 @@ def test_a_validation_that_fails_leaves_every_module_as_it_was() -> None:
     assert torch.equal(model(DATA), expected), "nor did the validation draw from the training's random numbers"
 
 
+def test_a_model_that_was_left_in_eval_mode_is_caught_by_the_next_resume(tmp_path: Path) -> None:
+    model, optimizer = build()
+    save(tmp_path / "run", dckpt.TrainState(model=model, optimizer=optimizer), step=0)
+
+    model, optimizer = build()
+    with pytest.raises(RuntimeError):
+        validate(model)
+    state = dckpt.TrainState(model=model, optimizer=optimizer)
+    with pytest.raises(
+        dckpt.ResumeRejectedError, match=r"\[train_mode\].*dropout or BatchNorm layers work differently"
+    ):
+        resume(tmp_path / "run", state)
+    model.train()
+    resume(tmp_path / "run", state)
+
+
 # Random states missing, or a crash, because the number of GPUs changed.
 
 
@@ -217,6 +233,20 @@ def test_torch_alone_a_schedule_built_after_the_optimizer_was_loaded_gives_other
     alone = schedule(optimizer)
     alone.load_state_dict(saved["scheduler"])
     assert learning_rates(optimizer, alone, 1)[0] != pytest.approx(expected[0], rel=0.01)
+
+
+def test_torch_alone_a_schedule_that_was_not_saved_starts_again(tmp_path: Path) -> None:
+    _, optimizer = build()
+    learning_rates(optimizer, schedule(optimizer), 40)
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+
+    _, fresh = build()
+    expected = learning_rates(fresh, schedule(fresh), 5)
+    _, optimizer = build()
+    optimizer.load_state_dict(torch.load(tmp_path / "optimizer.pt"))
+    assert learning_rates(optimizer, schedule(optimizer), 5)[1:] == expected[1:], (
+        "the warm-up, in the middle of training"
+    )
 
 
 def test_schedule_and_optimizer_go_on_together_or_not_at_all(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -142,6 +143,9 @@ def save_and_die(
     pending = checkpointer.save(run.state, blocking=how == "blocking")
     run.train((place[0] + 1, 1))
     assert pending.wait(30) == "committed", pending.error
+    with contextlib.suppress(RuntimeError):  # another rank may leave the barrier, and die, while this one is in it
+        if dist.is_initialized():
+            dist.barrier()
     os.kill(os.getpid(), signal.SIGKILL)
 
 

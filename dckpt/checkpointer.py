@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, Literal
+from typing import Literal
 
 from dckpt.catalog.catalog import Catalog
 from dckpt.catalog.retention import Retention
@@ -22,10 +22,10 @@ from dckpt.engine.arguments import (
     ensure_count,
     ensure_kind,
     place_of_run,
-    plain_metrics,
 )
 from dckpt.engine.cadence import Cadence, Every, StepAction
 from dckpt.engine.failure_policy import FailurePolicy
+from dckpt.engine.follower import Follower
 from dckpt.engine.job import SaveJob, SaveRequest
 from dckpt.engine.keeper import Keeper
 from dckpt.engine.last_save import LastSave, last_save, loaded_as_saved
@@ -35,6 +35,7 @@ from dckpt.engine.overlap import StepGate
 from dckpt.engine.pending import PendingSave
 from dckpt.engine.questions import is_anywhere
 from dckpt.engine.refusal import REFUSALS
+from dckpt.engine.requests import save_request
 from dckpt.engine.resume_policy import ResumePolicy
 from dckpt.engine.reuse import REWRITE_EVERY
 from dckpt.engine.rng_restore import note_streams
@@ -42,7 +43,6 @@ from dckpt.engine.run_history import RunHistory
 from dckpt.engine.saver import Saver
 from dckpt.engine.signals import SignalWatch
 from dckpt.engine.validation import Validation
-from dckpt.engine.watch import FirstSteps
 from dckpt.engine.worker import SaveThread
 from dckpt.errors import (
     CheckpointNotFoundError,
@@ -88,6 +88,7 @@ class Checkpointer(RunHistory):
         step may run without its hooks: compiled, captured in a CUDA graph, or inside backward. Between a save and the next
         step only optimizers may change parameters; an in-place change that torch counts makes that save fail, one through
         `.data` goes unnoticed.
+    tensorboard: a directory for TensorBoard events: loss and learning rate at each save, resumes with their report.
 
     Leaving the `with` block (also by an exception) waits for the save in flight; so does the end of the process.
     """
@@ -105,6 +106,7 @@ class Checkpointer(RunHistory):
         when_busy: Literal["wait", "skip"] = "wait",
         overlap: bool = False,
         rewrite_every: int = REWRITE_EVERY,
+        tensorboard: str | os.PathLike[str] | None = None,
     ) -> None:
         ensure_choice("on_save_error", on_save_error, ("continue", "raise"))
         ensure_choice("when_busy", when_busy, ("wait", "skip"))
@@ -130,8 +132,7 @@ class Checkpointer(RunHistory):
         self._loader = Loader(self._storage, self._coordination, self._topology)
         self._facts = FactCollector(self._topology.world_size)
         self._validation = Validation(self._storage, self._coordination, self._topology, self._facts)
-        self._resume_facts: dict[str, Any] = {}
-        self._watch: FirstSteps | None = None
+        self._follower = Follower(None if tensorboard is None else os.fspath(tensorboard), self._topology)
         self._thread = SaveThread("dckpt-save")
         self._signals = SignalWatch(signals)
         self._cadence = Cadence(save, self._coordination, self._topology, self._signals, deadline_s=deadline_s)
@@ -175,8 +176,7 @@ class Checkpointer(RunHistory):
             return StepAction.STOP
         if progress.micro_step:
             return self._step_within(state, metrics)
-        if self._watch is not None and not self._watch.is_over:
-            self._watch.look(state, is_told=self._topology.is_coordinator)
+        self._follower.stepped(state)
         if not self._is_warmed:
             # Now the optimizer has its state, and the first save is usually some steps away.
             self._is_warmed = True
@@ -251,7 +251,9 @@ class Checkpointer(RunHistory):
         self._ensure_open()
         self._ensure_not_poisoned()
         started = time.monotonic()
-        request = self._request(state, step, metrics or {}, gradients, is_blocking=blocking)
+        facts = {**self._follower.facts, **self._validation.probe_facts(state)}
+        request = save_request(state, step, metrics or {}, gradients, is_blocking=blocking, facts=facts)
+        self._follower.saving(state)
         last = self._last
         if last is not None and last.is_same_step(request):
             refusal = last.unmoved_step(state, request)
@@ -316,27 +318,6 @@ class Checkpointer(RunHistory):
             self._saver.give_up(job, self._deadline_s)
             self._thread = SaveThread("dckpt-save")
 
-    def _request(
-        self, state: TrainState, step: int | None, metrics: Mapping[str, float], gradients: str, *, is_blocking: bool
-    ) -> SaveRequest:
-        ensure_choice("gradients", gradients, ("store", "drop"), of="Checkpointer.save")
-        progress = state.progress
-        if step is None:
-            if progress is None:
-                raise ConfigError(
-                    "Checkpointer.save: expected step= or a TrainState with progress, found neither. Pass save(state, step=...)."
-                )
-            step = progress.step
-        micro_step = progress.micro_step if progress is not None else 0
-        return SaveRequest(
-            step=step,
-            micro_step=micro_step,
-            metrics=plain_metrics(metrics),
-            stores_gradients=micro_step > 0 and gradients == "store",
-            is_blocking=is_blocking,
-            facts={**self._resume_facts, **self._validation.probe_facts(state)},
-        )
-
     def _is_busy_anywhere(self, step: int) -> bool:
         """Agreed by all ranks: one rank that skips while another saves would leave the other waiting."""
         busy = self._in_flight is not None and not self._in_flight.done
@@ -367,7 +348,7 @@ class Checkpointer(RunHistory):
         if loaded is None:
             self._saver.lineage.start_fresh(self._loader.observed_generation)
             self._is_joined = True
-            self._resume_facts = self._validation.start_facts(state)
+            self._follower.facts = self._validation.start_facts(state)
             if self._topology.is_coordinator:
                 announce_new_run(self._storage.locate(""), self._loader.observed_generation)
             return None
@@ -385,8 +366,7 @@ class Checkpointer(RunHistory):
         report, facts = self._validation.accept(state, loaded.result, policy, leg)
         # Only now: a resume that was refused is none, and nothing may be saved on top of it.
         self._adopt(state, loaded, "walk-back" if loaded.result.damaged else "resume")
-        self._resume_facts = facts
-        self._watch = None if state.progress is None else FirstSteps(state, loaded.result)
+        self._follower.resumed(state, loaded.result, report, facts)
         return report
 
     def start_leg(
@@ -532,6 +512,7 @@ class Checkpointer(RunHistory):
             self._thread.stop(timeout_s=1.0)
             self._saver.close()
             self._signals.restore()
+            self._follower.close()
             self._coordination.close(min(linger_s, self._deadline_s))
             atexit.unregister(self._at_exit)
 

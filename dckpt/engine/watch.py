@@ -36,8 +36,7 @@ class FirstSteps:
 
     def look(self, state: TrainState, *, is_told: bool) -> None:
         """Call after each step. `is_told`: whether this rank logs what it finds."""
-        rate = state.optimizers[0].param_groups[0]["lr"] if state.optimizers else 0.0
-        self._rates.append(float(rate) if isinstance(rate, (int, float)) else 0.0)
+        self._rates.append(rate_of_first_group(state) or 0.0)
         if len(self._rates) not in LOOKS:
             return
         progress = state.progress
@@ -52,6 +51,12 @@ class FirstSteps:
                 self.findings.append(finding)
                 if is_told:
                     log.warning("%s [%s] %s", finding.severity, finding.check, finding.message)
+
+
+def rate_of_first_group(state: TrainState) -> float | None:
+    """The learning rate of the first group; None without an optimizer, or if it lies in a tensor, perhaps on a device."""
+    rate = state.optimizers[0].param_groups[0].get("lr") if state.optimizers else None
+    return float(rate) if isinstance(rate, (int, float)) else None
 
 
 def _rate_of(facts: Any) -> float | None:

@@ -105,7 +105,7 @@ class ElasticDistributedSampler(Sampler[int]):
         self._sample_keys = sample_keys
         self._fingerprint = dataset_fingerprint
         self._place = Position(size)
-        self._skipped: Callable[[], int] = _nothing
+        self._skipped: Callable[[], int] = nothing_skipped
         self._finished = 0
         self._last_pass: Position | None = None
         if not self._place.next_step(self._step, tail):
@@ -132,6 +132,10 @@ class ElasticDistributedSampler(Sampler[int]):
     def samples_in_step(self) -> int:
         """Samples of the step that the next `progress.advance()` ends, over all ranks."""
         return self._place.next_step(self._step, self._tail)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy follows no progress until a `TrainState` links it."""
+        return {**self.__dict__, "_skipped": nothing_skipped}
 
     def advance(self, samples: int | None = None) -> int:
         """One more step is trained on; returns its samples over all ranks. Called by `progress.advance()`.
@@ -332,7 +336,8 @@ def micro_steps_of(progress: ProgressLike) -> Callable[[], int]:
     return skipped
 
 
-def _nothing() -> int:
+def nothing_skipped() -> int:
+    """The same without a progress."""
     return 0
 
 

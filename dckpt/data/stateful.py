@@ -21,6 +21,7 @@ from dckpt.data.sampler import (
     MicroBatches,
     ProgressLike,
     micro_steps_of,
+    nothing_skipped,
     position_of,
     shape_of,
 )
@@ -71,7 +72,7 @@ class InterleavedLoader:
         self._micro, self._accumulation, self._ranks = shape_of(batch)
         self._step = self._micro * self._accumulation * self._ranks
         self._place = Position(len(self._sampler.dataset))
-        self._skipped: Callable[[], int] = lambda: 0
+        self._skipped: Callable[[], int] = nothing_skipped
         self._finished = 0
         self.repeated = 0
         """Samples that come twice because the position of the last load was no whole row of this run's ranks."""
@@ -119,6 +120,10 @@ class InterleavedLoader:
     def follow_progress(self, progress: ProgressLike) -> None:
         """`TrainState` calls it; see `ElasticDistributedSampler`."""
         self._skipped = micro_steps_of(progress)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy follows no progress until a `TrainState` links it."""
+        return {**self.__dict__, "_skipped": nothing_skipped}
 
     def advance(self, samples: int | None = None) -> int:
         """One more step is trained on; called by `progress.advance()`."""

@@ -20,7 +20,7 @@ class BuiltSchedule:
     """Copies of the schedulers' states, and of what they wrote into the optimizers' groups. Taking it changes nothing."""
 
     def __init__(self, scheduler: Any, optimizers: Sequence[Optimizer]) -> None:
-        self._schedulers = [(item, _copied(item.state_dict())) for item in _each(scheduler)]
+        self._schedulers = [(item, _copied_state(item)) for item in _each(scheduler)]
         self._groups = [
             (optimizer, [_options_of(group) for group in optimizer.param_groups]) for optimizer in optimizers
         ]
@@ -48,9 +48,9 @@ def _each(scheduler: Any) -> list[Any]:
     return list(scheduler.values()) if isinstance(scheduler, Mapping) else [scheduler]
 
 
-def _copied(state: Any) -> Any:
+def _copied_state(scheduler: Any) -> Any:
     try:
-        return copy.deepcopy(state)
+        return copy.deepcopy(scheduler.state_dict())
     except Exception:  # noqa: BLE001 - any object may be in there; only a fresh schedule needs the copy, and says so then
         return None
 

@@ -117,6 +117,50 @@ def test_a_job_that_ends_in_the_middle_goes_on_with_the_next_sample(tmp_path, wo
     assert (job.progress.epoch, job.sampler.epoch, job.sampler.cursor) == (1, 1, len(taken) - 48)
 
 
+def train_micro_batches(job: Job, count: int, weight: torch.Tensor) -> list[int]:
+    """So many forwards and backwards from where the job stands, over ends of steps and epochs; the samples."""
+    taken = []
+    while True:
+        for micro in job.progress.unconsumed(job.loader):
+            if len(taken) == count * job.batch.micro:
+                return taken
+            (weight * micro.double()).sum().backward()
+            taken += micro.tolist()
+            if job.progress.accumulate():
+                with torch.no_grad():
+                    weight -= 1e-3 * weight.grad
+                weight.grad = None
+                job.progress.advance()
+
+
+@pytest.mark.parametrize("at", [1, 9, 22, 23, 24])
+def test_a_job_that_ends_within_an_accumulation_goes_on_with_the_next_micro_batch(tmp_path, at):
+    """The gradients of the micro-batches before are in the checkpoint; none is drawn again and none is left out."""
+
+    def start() -> tuple[Job, nn.Linear]:
+        model = nn.Linear(1, 1, bias=False, dtype=torch.float64)
+        nn.init.ones_(model.weight)
+        job = Job(Batch(2, 4))
+        job.state = TrainState(model=model, data=job.sampler, progress=job.progress)
+        return job, model
+
+    whole, model = start()
+    expected = train_micro_batches(whole, 40, model.weight)
+    job, first = start()
+    with Checkpointer(tmp_path, signals=()) as checkpointer:
+        checkpointer.resume(job.state)
+        taken = train_micro_batches(job, at, first.weight)
+        checkpointer.save(job.state, blocking=True)
+    job, second = start()
+    with Checkpointer(tmp_path, signals=()) as checkpointer:
+        assert checkpointer.resume(job.state) is not None
+    taken += train_micro_batches(job, 40 - at, second.weight)
+
+    assert taken == expected == straight(2)[:80]
+    assert torch.equal(second.weight, model.weight)
+    assert (job.progress.step, job.sampler.epoch, job.sampler.cursor) == (10, 1, 80 - 48)
+
+
 @pytest.mark.parametrize("at", [5, 6])
 def test_a_checkpoint_at_the_last_step_of_an_epoch_goes_on_with_the_next_epoch(tmp_path, at):
     with Checkpointer(tmp_path, signals=()) as checkpointer:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import math
+import pickle
 from itertools import islice
 
 import numpy as np
@@ -256,6 +258,19 @@ def test_micro_batches_whose_gradients_were_saved_are_not_drawn_again():
     assert list(sampler) == order_of(20)[6 + 4 : 18]
     assert (len(sampler), len(sampler.batches())) == (8, 4)
     assert next(iter(progress.unconsumed(sampler.batches()))) == order_of(20)[10:12], "left out twice"
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda sampler: pickle.loads(pickle.dumps(sampler))])
+def test_a_copy_has_the_position_and_follows_no_progress(duplicate):
+    sampler, progress = make(20, Batch(2, 3, 1)), TrainProgress()
+    linked(sampler, progress)
+    progress.advance()
+    progress.micro_step = 1
+    other = duplicate(sampler)
+    progress.advance()
+    assert (other.cursor, sampler.cursor) == (6, 12)
+    progress.micro_step = 1
+    assert (len(other), len(sampler)) == (12, 4)
 
 
 def test_starting_at_a_billion_samples_computes_one_block(monkeypatch):

@@ -111,7 +111,11 @@ _HOMES = {
 EXIT_STOPPED = 75
 """Exit code for "stopped on request, saved": start the same command again (EX_TEMPFAIL of sysexits.h)."""
 
+EXIT_REJECTED = 78
+"""Exit code for "the resume was refused": the same command would be refused again (EX_CONFIG of sysexits.h)."""
+
 __all__ = [
+    "EXIT_REJECTED",
     "EXIT_STOPPED",
     "Batch",
     "Best",

@@ -6,7 +6,8 @@ After a crash start the same command again, on the same number of ranks or on an
 good checkpoint. Without torchrun, `python launch/train.py` trains in one process. This file is also the shortest
 complete example of dckpt: everything that concerns it is in `train`.
 
-Exit codes: 0 finished; 75 stopped on request and saved, start the same command again; anything else is an error.
+Exit codes: 0 finished; 75 stopped on request and saved, start the same command again; 78 the checkpoint does not fit this
+command, the message says why (`--allow CHECK` goes on all the same); anything else is an error.
 SIGTERM and SIGUSR1 are such requests: sent to any rank, they make all ranks finish the same step, save it and exit with
 75. torchrun passes SIGTERM on to its ranks, gives them `--shutdown-timeout` seconds (30 unless told) and exits with 1
 itself; it passes SIGUSR1 on only if told: `torchrun --signals-to-handle SIGTERM,SIGINT,SIGUSR1`.
@@ -213,16 +214,20 @@ def train(args: argparse.Namespace, rank: int, world: int, device: torch.device)
         scaler=trainer.scaler if args.scaler else None,
         data=trainer.sampler,  # each sample once an epoch on any number of ranks; moved by progress.advance()
         progress=progress,
+        facts={"seed": args.seed, "config": {"layers": args.layers, "width": args.width, "context": args.context}},
     )
     every = dckpt.Every(steps=args.save_every)
     best = dckpt.Best("val_loss") if args.keep and args.evaluate_every else None
     retention = dckpt.Retention(last=args.keep, best=best)  # without any rule all checkpoints stay
     log_file = args.log_file if rank == 0 else os.devnull
     with (
-        dckpt.Checkpointer(args.checkpoint, save=every, retention=retention) as checkpointer,
+        dckpt.Checkpointer(
+            args.checkpoint, save=every, retention=retention, tensorboard=args.tensorboard
+        ) as checkpointer,
         open(log_file, "a", buffering=1) as log,  # by lines: a kill loses no line
     ):
-        if args.resume != "never" and checkpointer.resume(state) is None and args.resume == "must":
+        policy = dckpt.ResumePolicy(allow=args.allow)
+        if args.resume != "never" and checkpointer.resume(state, policy=policy) is None and args.resume == "must":
             raise SystemExit(f"--resume must: expected a checkpoint in {args.checkpoint}, found none.")
         while not progress.done:
             lr, begun = trainer.scheduler.get_last_lr()[0], time.monotonic()
@@ -246,6 +251,10 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--checkpoint", default="runs/gpt", metavar="URL", help="the run's directory (default %(default)s)")
     add("--resume", choices=("auto", "must", "never"), default="auto", help="auto (default): if there is a checkpoint")
+    add(
+        "--allow", action="append", default=[], metavar="CHECK", help="resume in spite of this check's critical finding"
+    )
+    add("--tensorboard", type=Path, metavar="DIR", help="write TensorBoard events of loss, learning rate and resumes")
     add("--save-every", type=int, default=100, metavar="STEPS")
     add("--keep", type=int, metavar="N", help="keep the newest N checkpoints and the best (default: keep all)")
     add(
@@ -278,6 +287,10 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s")
     try:
         return train(args, rank, world, device)
+    except dckpt.ResumeRejectedError as error:
+        if rank == 0:
+            print(error, file=sys.stderr)
+        return dckpt.EXIT_REJECTED
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -30,3 +30,8 @@ class Finding:
             "remedy": self.remedy,
             "message": self.message,
         }
+
+
+def page_of(check: str) -> str:
+    """The command that prints the page of a check of the resume report."""
+    return f"dckpt explain {check}"

@@ -10,6 +10,7 @@ import click
 
 from dckpt.cli.outcome import json_option, print_json, returns_exit_code
 from dckpt.errors import ConfigError
+from dckpt.findings import page_of
 from dckpt.tools.doctor import Settings, diagnose
 from dckpt.tools.target import open_target
 
@@ -67,7 +68,7 @@ def doctor(target: str, mesh: str | None, facts: Path | None, as_json: bool, **o
 def _plain(diagnosis: Any) -> dict[str, Any]:
     names = ("url", "checkpoint", "step", "saved_world_size", "world_size", "walked_past", "passed")
     found = {name: getattr(diagnosis, name) for name in names}
-    return {**found, "findings": [item.to_json() for item in diagnosis.findings]}
+    return {**found, "findings": [{**item.to_json(), "page": page_of(item.check)} for item in diagnosis.findings]}
 
 
 def _parse_mesh(text: str | None) -> dict[str, int] | None:

@@ -8,11 +8,12 @@ from typing import Any
 
 from dckpt.engine.abort_window import ask_to_go_on, has_person
 from dckpt.errors import DckptError, ResumeRejectedError
+from dckpt.findings import page_of
 from dckpt.format.layout import checkpoint_name
 from dckpt.format.values import dump_json
 from dckpt.ranks.coordination import Coordination
 from dckpt.ranks.topology import Topology
-from dckpt.resume.report import ResumeReport, page_of
+from dckpt.resume.report import ResumeReport
 from dckpt.storage.base import Storage
 
 log = logging.getLogger(__name__)

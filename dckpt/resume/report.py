@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from dckpt.findings import Finding
+from dckpt.findings import Finding, page_of
 from dckpt.format.manifest import Manifest
 from dckpt.resume.fingerprints import SavedFingerprints
 
@@ -133,8 +133,3 @@ class ResumeReport:
             "seconds": round(self.seconds, 3),
             "findings": [{**finding.to_json(), "page": page_of(finding.check)} for finding in self.findings],
         }
-
-
-def page_of(check: str) -> str:
-    """The command that prints the page of a check."""
-    return f"dckpt explain {check}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
+from dckpt.findings import page_of
 from dckpt.viz.terminal import render
 
 if TYPE_CHECKING:
@@ -60,8 +61,9 @@ def render_diagnosis(diagnosis: DiagnosisRow) -> str:
         if unknown:
             found.append(Text(f"Not checked, for lack of a fact: {', '.join(unknown)}", style="dim"))
         if diagnosis.findings:
+            page = page_of(diagnosis.findings[0].check)
             found.append(
-                Text("`dckpt explain CHECK` says what a check means, what it needs, and what to do.", style="dim")
+                Text(f"`{page}`, and so for each check: what it means, what it needs, what to do.", style="dim")
             )
         return found
 

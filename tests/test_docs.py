@@ -7,8 +7,13 @@ from pathlib import Path
 
 import pytest
 
+import dckpt
+from dckpt.cli.main import COMMANDS
+from dckpt.resume.checks.registry import ALL_IDS
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+FOR_USERS = ["README.md", *(path.relative_to(ROOT).as_posix() for path in (ROOT / "dckpt/resume/pages").glob("*.md"))]
 
 
 def _promise_rows() -> list[tuple[str, str]]:
@@ -48,3 +53,15 @@ def test_tests_that_other_pages_name_exist():
     page = (ROOT / "tests/faults/README.md").read_text()
     for path, name in re.findall(r"`(test_\w+\.py)::(test_\w+?)(?:_?\.\.)?`", page):
         assert f"def {name}" in (ROOT / "tests/faults" / path).read_text(), f"{path}::{name}"
+
+
+@pytest.mark.parametrize("page", FOR_USERS)
+def test_commands_public_names_and_checks_that_a_page_names_exist(page):
+    text = (ROOT / page).read_text()
+
+    assert set(re.findall(r"`dckpt ([a-z]+)", text)) <= set(COMMANDS)
+    assert set(re.findall(r"\bdckpt\.([A-Z]\w*)", text)) <= set(dckpt.__all__)
+    assert {
+        name for names in re.findall(r"allow=\(([^)]*)\)", text) for name in re.findall(r'"(\w+)"', names)
+    } <= ALL_IDS
+    assert set(re.findall(r"(?:CRITICAL|WARNING|INFO) \[(\w+)\]", text)) <= ALL_IDS

@@ -11,6 +11,9 @@ from dckpt.viz.terminal import render, table_of, text_of
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+TEXT_WIDTH = 100
+"""Longer lines of prose are hard to read; a narrower terminal decides itself."""
+
 
 class Page(Protocol):
     """What one check means."""
@@ -33,9 +36,10 @@ def render_page(page: Page) -> str:
         return page.text
 
     def parts() -> Iterable[RenderableType]:
+        from rich.constrain import Constrain
         from rich.markdown import Markdown
 
-        yield Markdown(page.text)
+        yield Constrain(Markdown(page.text), TEXT_WIDTH)
 
     return render(parts)
 

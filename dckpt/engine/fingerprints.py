@@ -9,6 +9,7 @@ from dckpt.dcp.fingerprints import live_fingerprints
 from dckpt.errors import CorruptCheckpointError
 from dckpt.planning.records import record_name
 from dckpt.resume.fingerprints import Comparison, Exchange, SavedFingerprints, compare
+from dckpt.state.rng import preserved_rng
 
 if TYPE_CHECKING:
     from dckpt.blocks.read import VerifiedFile
@@ -82,6 +83,7 @@ def compare_fingerprints(
     topology: Topology,
     *,
     on_bytes: Callable[[int], None] = lambda _: None,
+    on_live: Callable[[Mapping[str, LiveFingerprint]], None] = lambda _: None,
 ) -> Comparison:
     """Whether the live tensors are those that `loaded` read, on all ranks together; right after the load, before any step.
 
@@ -90,15 +92,17 @@ def compare_fingerprints(
     no state, no random number. Reads the live tensors once; what lies on a GPU passes through page-locked host memory.
 
     exchange: `Session.exchange` of a session of its own. on_bytes: hears of the progress, in bytes; several threads call it,
-    one at a time. Raises on every rank together if one of them cannot read its tensors.
+    one at a time. on_live: gets what this rank holds. Raises on every rank together if one of them cannot read its tensors.
     """
     live: Mapping[str, LiveFingerprint] | None = None
     aliases: Mapping[str, str] = {}
     failure = None
     try:
-        captured = state.capture(gradients="grad" in loaded.parts)
+        with preserved_rng(state.generators):  # a state_dict() of the user's may draw numbers
+            captured = state.capture(gradients="grad" in loaded.parts)
         aliases = captured.aliases
         live = live_fingerprints(captured.tensors, topology, on_bytes)
+        on_live(live)
     except Exception as error:  # noqa: BLE001 - it travels to all ranks, which raise it together
         failure = error
     return compare(loaded.fingerprints, live, aliases, exchange, topology.rank, error=failure)

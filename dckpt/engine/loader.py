@@ -36,6 +36,7 @@ from dckpt.planning.records import RNG
 from dckpt.ranks.coordination import Coordination
 from dckpt.ranks.session import Session
 from dckpt.ranks.topology import Topology
+from dckpt.resume.facts.ranks import stream_digests
 from dckpt.resume.fingerprints import SavedFingerprints
 from dckpt.resume.report import LoadResult
 from dckpt.state.gradients import clear_gradients
@@ -89,6 +90,7 @@ class _Candidate:
     begins_leg: bool = False
     reads: ReadPlan | None = None
     fingerprints: SavedFingerprints | None = None
+    streams: dict[str, str] = field(default_factory=dict)
 
 
 class Loader:
@@ -253,6 +255,7 @@ class Loader:
             begins_leg=candidate.begins_leg,
             bytes_read=candidate.files.tally.total,
             fingerprints=candidate.fingerprints,
+            streams=candidate.streams,
         )
 
     def _open(
@@ -365,6 +368,7 @@ class Loader:
             candidate.plan.apply()
             # RNG comes last: building iterators or stepping schedulers above may have drawn from the streams.
             state.restore_rng(candidate.rng.streams)
+            candidate.streams = stream_digests(state, candidate.rng.streams)
             candidate.files.close()
         except Exception as error:  # noqa: BLE001 - it travels to all ranks, which raise it together
             return error

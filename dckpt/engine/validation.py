@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,10 +22,12 @@ from dckpt.ranks.session import Session
 from dckpt.ranks.topology import Topology
 from dckpt.resume.checks.registry import CHANGED_BY_A_LEG, CHANGED_BY_A_SCHEDULE
 from dckpt.resume.facts.collect import FactCollector
-from dckpt.resume.facts.ranks import rank_facts
+from dckpt.resume.facts.ranks import moved_streams, rank_facts
+from dckpt.resume.facts.tensors import average_is_weights
 from dckpt.resume.probe import Probe
 from dckpt.resume.report import LoadResult, ResumeReport
 from dckpt.resume.validator import findings_from_json, judge
+from dckpt.state.rng import preserved_rng
 from dckpt.state.train_state import TrainState
 from dckpt.storage.base import Storage
 
@@ -62,7 +64,11 @@ class Validation:
             ranks, current = self._gather(state, loaded, session)
             load = self._load = self._compare(state, loaded, session)
             answer = session.exchange(
-                "verdict", b"", lambda _: self._judge(loaded, ranks, current, load, (allowed, without), started)
+                "verdict",
+                dump_json(load["average_is_weights"]),
+                lambda told: self._judge(
+                    loaded, ranks, current, {**load, "ema_equals_weights": _all_true(told)}, (allowed, without), started
+                ),
             )
         finally:
             session.close()
@@ -103,8 +109,12 @@ class Validation:
         current: dict[str, Any] = {}
         failure: Exception | None = None
         try:
-            current = self.collector.collect(state, state.capture())
-            own = rank_facts(state, loaded, current["model"])
+            # First, and protected: a state_dict() of the user's may draw numbers.
+            moved = moved_streams(state, loaded)
+            with preserved_rng(state.generators):
+                captured = state.capture()
+                current = self.collector.collect(state, captured)
+                own = {**rank_facts(state, captured, loaded, current["model"]), "moved_streams": moved}
         except Exception as error:  # noqa: BLE001 - it travels to all ranks, which raise it together
             failure = error
         found: list[dict[str, Any]] = []
@@ -135,7 +145,15 @@ class Validation:
 
     def _compare(self, state: TrainState, loaded: LoadResult, session: Session) -> dict[str, Any]:
         """Facts about the load that take several ranks to find, or what the load alone knows."""
-        compared = compare_fingerprints(state, loaded, session.exchange, self.topology, on_bytes=self._beat(session))
+        averages: list[bool | None] = []
+        compared = compare_fingerprints(
+            state,
+            loaded,
+            session.exchange,
+            self.topology,
+            on_bytes=self._beat(session),
+            on_live=lambda live: averages.append(average_is_weights(state, live)),
+        )
         found: dict[str, Any] = {
             "fingerprints": {
                 "differing": list(compared.differ),
@@ -145,6 +163,7 @@ class Validation:
                 "reason": compared.reason,
             }
         }
+        found["average_is_weights"] = averages[0]
         found["frozen_rows"] = self.frozen_rows(state, session)
         if loaded.fingerprints is not None:
             found["same_mesh"] = loaded.fingerprints.is_same_mesh
@@ -266,6 +285,13 @@ def _read_only(storage: Storage) -> str:
 
 def _without_moments(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return {name: {"rows": item["rows"], "fingerprint": item["fingerprint"]} for name, item in rows.items()}
+
+
+def _all_true(told: Sequence[bytes]) -> bool:
+    """Whether every rank that can tell says so, and one can."""
+    answers = [load_json(data, key="answer of a rank", limit=MESSAGE_BYTES_MAX) for data in told]
+    known = [answer for answer in answers if answer is not None]
+    return bool(known) and all(known)
 
 
 def _parse(data: bytes) -> dict[str, Any]:

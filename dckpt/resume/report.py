@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +37,8 @@ class LoadResult:
     begins_leg: bool = False
     bytes_read: int = 0
     fingerprints: SavedFingerprints | None = field(default=None, repr=False, compare=False)
+    streams: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
+    """Random stream of this rank -> digest of the state that the load left it in; those alone that it set."""
     built: Any = field(default=None, repr=False, compare=False)
     """The run as the program built it, before the load (`dckpt.resume.built.BuiltRun`)."""
 

@@ -103,7 +103,9 @@ class Planner:
         dtype, shape = found
         ensure_storable(live, name=label)
         if tuple(shape) != tuple(live.shape):
-            self.differ(f"{label}: shape {tuple(shape)} in the checkpoint, {tuple(live.shape)} live")
+            self.differ(
+                f"{label}: shape {tuple(shape)} in the checkpoint, {tuple(live.shape)} live{_hint(label, shape, live)}"
+            )
             return False
         live_dtype = DTYPE_NAMES[live.dtype]
         if dtype != live_dtype and self._cast != "allow" and not is_any_dtype:
@@ -175,6 +177,12 @@ class Planner:
                 found=name,
             )
         return found
+
+
+def _hint(label: str, shape: Sequence[int], live: torch.Tensor) -> str:
+    """What a difference in nothing but the rows of a matrix of the model usually is."""
+    is_rows = live.ndim == 2 == len(shape) and shape[1] == live.shape[1] and label.startswith("model.")
+    return " (if its rows are a vocabulary: build it with the saved size, padding included)" if is_rows else ""
 
 
 def empty_beside(live: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

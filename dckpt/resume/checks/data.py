@@ -78,6 +78,8 @@ def check_data_order(evidence: Evidence) -> Iterator[Finding]:
         return
     for key in sorted(set(saved) & set(current)):
         yield from _compare_order(key, saved[key], current[key])
+    if evidence.load is not None:
+        yield from _positions(saved, get(evidence.current, "data") or {})
     for key, item in saved.items():
         cursor, size = item.get("cursor"), item.get("n_eff", item.get("size"))
         if isinstance(cursor, int) and isinstance(size, int) and not 0 <= cursor <= size:
@@ -89,6 +91,33 @@ def check_data_order(evidence: Evidence) -> Iterator[Finding]:
                 found=cursor,
                 remedy="resume from an older checkpoint, or start the epoch again with start_leg",
             )
+
+
+def _positions(saved: Mapping[str, Any], live: Mapping[str, Any]) -> Iterator[Finding]:
+    for key in sorted(set(saved) & set(live)):
+        old, new = saved[key], live[key]
+        if any(not isinstance(item.get(name), int) for item in (old, new) for name in ("epoch", "cursor")):
+            continue
+        if (old["epoch"], old["cursor"]) == (new["epoch"], new["cursor"]):
+            continue
+        if (new["epoch"], new["cursor"]) == (old["epoch"] + 1, 0) and old["cursor"] >= _samples(old, new):
+            continue  # what is left of the epoch makes no step of this batch
+        yield finding(
+            "data_order",
+            "critical",
+            f"the position in the data{_label(key)} is epoch {new['epoch']}, sample {new['cursor']}, and epoch {old['epoch']}, "
+            f"sample {old['cursor']} was saved: samples would be repeated or left out",
+            expected=f"epoch {old['epoch']}, sample {old['cursor']}",
+            found=f"epoch {new['epoch']}, sample {new['cursor']}",
+            remedy="nothing may move the sampler between the load and the first step; progress.advance() does it later",
+        )
+
+
+def _samples(old: Mapping[str, Any], new: Mapping[str, Any]) -> int:
+    """From which position on no whole step of the new batch is left in the epoch."""
+    if new.get("tail") != "drop":
+        return int(old.get("size", 0))
+    return int(old.get("size", 0)) - int(new.get("global_batch", 1)) + 1
 
 
 def _label(key: str) -> str:

@@ -156,6 +156,24 @@ def check_unsaved_buffers(evidence: Evidence) -> Iterator[Finding]:
             remedy="compute these buffers after to_empty() (a reset_parameters or init method of the module)",
         )
         return
+    invalid = sorted(
+        {
+            n
+            for _, found in per_rank
+            for n, digest in found.items()
+            if digest.startswith("NaN ") and saved.get(n) != digest
+        }
+    )
+    if invalid:
+        yield finding(
+            "computed_buffers",
+            "critical",
+            f"{some(invalid)} hold NaN: memory that was never written, or a computation that failed",
+            expected="numbers",
+            found="NaN",
+            remedy="compute these buffers when the model is built, after to_empty() too",
+        )
+        return
     digests: dict[str, dict[str, list[int]]] = {}
     for rank, buffers in per_rank:
         for name, digest in buffers.items():

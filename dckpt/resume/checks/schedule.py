@@ -133,10 +133,13 @@ def check_optimizer_steps(evidence: Evidence) -> Iterator[Finding]:
                 )
                 return
             counters = sorted({int(float(count)) for group in groups for count in group if _is_number(count)})
-            if counters and step is not None and (counters[-1] > step or (counters[-1] < step and old is None)):
+            # Equal to what was saved they are right: steps skipped by a scaler, several steps of one optimizer for one of
+            # the other, an optimizer that was built later than the run.
+            is_as_saved = old == groups
+            if counters and step is not None and counters[-1] != step:
                 yield finding(
                     "optimizer_steps",
-                    "critical" if counters[-1] > step or not get(evidence.saved, "scaler") else "info",
+                    "info" if is_as_saved or (counters[-1] < step and get(evidence.saved, "scaler")) else "critical",
                     f"the optimizer{_label(key)} counts {counters[-1]} steps on rank {rank}, the run {step}",
                     expected=step,
                     found=counters[-1],
@@ -260,7 +263,7 @@ def check_scheduler(evidence: Evidence) -> Iterator[Finding]:
                 remedy="build the scheduler that was saved, or start_leg(state, scheduler='fresh')",
             )
             continue
-        before, now = old.get("horizon") or {}, new.get("horizon") or {}
+        before, now = _flat(old.get("horizon") or {}), _flat(new.get("horizon") or {})
         changed = [name for name in before if name in now and not _same_deep(before[name], now[name])]
         if changed:
             yield finding(
@@ -284,6 +287,14 @@ def check_scheduler(evidence: Evidence) -> Iterator[Finding]:
                     remedy="look for code that steps the scheduler between the load and the first training step",
                 )
                 return
+
+
+def _flat(horizon: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The constants of a schedule and of those inside it, these as `schedules[1].T_max`."""
+    found = {f"{prefix}{name}": value for name, value in horizon.items() if name != "schedules"}
+    for number, inner in enumerate(horizon.get("schedules") or ()):
+        found |= _flat(inner, f"{prefix}schedules[{number}].")
+    return found
 
 
 def _same_deep(old: Any, new: Any) -> bool:
@@ -327,7 +338,8 @@ def _scaler_fault(old: Any, new: Any) -> str | None:
     if not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
         return f"its scale is {scale}"
     is_default = old.get("growth_factor", 2.0) == 2.0 and old.get("backoff_factor", 0.5) == 0.5
-    if is_default and (scale > SCALE_MAX or math.frexp(scale)[0] != 0.5):
+    # A scale that was saved so is the run's own: without an overflow it grows for ever.
+    if is_default and scale != old.get("scale") and (scale > SCALE_MAX or math.frexp(scale)[0] != 0.5):
         return f"its scale {scale:.9g} is no power of two up to 2^24"
     for name in ("scale", "_growth_tracker", "growth_factor", "backoff_factor", "growth_interval"):
         if name in old and old[name] != new.get(name):

@@ -59,8 +59,10 @@ def check_rng_complete(evidence: Evidence) -> Iterator[Finding]:
 
 
 def check_rng_pattern(evidence: Evidence) -> Iterator[Finding]:
-    """Streams that differed between ranks differ, those that were equal are equal."""
+    """Streams are where the load left them; those that differed between ranks differ, those that were equal are equal."""
     saved = evidence.checkpoint.get("rng") or {}
+    moved = _moved(evidence)
+    yield from _moved_findings(moved)
     per_rank = each_rank(evidence, "rng")
     if len(per_rank) < 2 or evidence.load is None:
         return
@@ -87,6 +89,8 @@ def check_rng_pattern(evidence: Evidence) -> Iterator[Finding]:
                 remedy="seed and draw alike on all ranks; something drew numbers between the load and the validation",
             )
         shared = [ranks for ranks in states.values() if len(ranks) > 1]
+        if told[stream] == "exact" and stream not in moved:
+            shared = []  # some of the ranks shared it when it was saved
         if axes and shared and _must_differ(evidence, axes, shared[0]):
             yield finding(
                 "rng_pattern",
@@ -99,6 +103,27 @@ def check_rng_pattern(evidence: Evidence) -> Iterator[Finding]:
             )
 
 
+def _moved(evidence: Evidence) -> dict[str, list[int]]:
+    """Stream -> the ranks on which it is not where the load left it."""
+    moved: dict[str, list[int]] = {}
+    for rank, streams in each_rank(evidence, "moved_streams"):
+        for stream in streams:
+            moved.setdefault(stream, []).append(rank)
+    return moved
+
+
+def _moved_findings(moved: dict[str, list[int]]) -> Iterator[Finding]:
+    for stream, ranks in moved.items():
+        yield finding(
+            "rng_pattern",
+            "critical",
+            f"random stream {stream} on {ranks_text(ranks)} is not where the load left it: something seeded it or drew from it",
+            expected="the restored state",
+            found="another state",
+            remedy="seed before resume(), and make iterators of data after it, inside state.epoch_start_rng()",
+        )
+
+
 def _must_differ(evidence: Evidence, axes: list[str], ranks: list[int]) -> bool:
     """Whether these ranks stand at different places along the axes over which the stream varied."""
     places = [get(evidence.ranks[rank], "coordinates") for rank in ranks]
@@ -109,5 +134,5 @@ def _must_differ(evidence: Evidence, axes: list[str], ranks: list[int]) -> bool:
 
 CHECKS = (
     Check("rng_complete", "Random streams that are needed", "before", check_rng_complete),
-    Check("rng_pattern", "Random streams over the ranks", "after", check_rng_pattern),
+    Check("rng_pattern", "Random streams as restored, and over the ranks", "after", check_rng_pattern),
 )

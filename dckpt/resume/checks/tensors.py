@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 from dckpt.findings import Finding
-from dckpt.resume.checks.base import Check, Evidence, each_rank, finding, get, not_checked, some
+from dckpt.resume.checks.base import Check, Evidence, each_rank, finding, get, not_checked, some, union
 
 LOST_SHARE = 0.999
 WIDTH = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
@@ -23,6 +23,15 @@ def check_tensors(evidence: Evidence) -> Iterator[Finding]:
         return
     for part in sorted(set(saved) | set(now)):
         old, new = saved.get(part), now.get(part)
+        if new is None and old is not None and _is_wanted(evidence, part):
+            yield finding(
+                "tensors",
+                "critical" if part in ("model", "optim") else "warning",
+                f"all tensors of part {part} are gone: {_text(old)} were saved",
+                expected=_text(old),
+                found="none",
+                remedy="nothing may empty an optimizer or a model between the load and the first step",
+            )
         if old is None or new is None or old["digest"] == new["digest"]:
             continue
         narrowed = any(
@@ -40,6 +49,12 @@ def check_tensors(evidence: Evidence) -> Iterator[Finding]:
             found=_text(new),
             remedy="build model and optimizer as they were; a conversion on purpose is load(state, cast='allow')",
         )
+
+
+def _is_wanted(evidence: Evidence, part: str) -> bool:
+    """Whether this run has the part, and loaded it."""
+    is_loaded = evidence.load is not None and part not in (get(evidence.load, "skipped_parts") or ())
+    return is_loaded and part in (get(evidence.current, "parts") or ())
 
 
 def _text(part: dict[str, object]) -> str:
@@ -157,32 +172,36 @@ def check_moments_lost(evidence: Evidence) -> Iterator[Finding]:
     step = get(evidence.saved, "progress.step") or evidence.checkpoint.get("step") or 0
     if not step or "optim" not in (evidence.checkpoint.get("parts") or ()):
         return
-    counts = each_rank(evidence, "values.zero_moments.count")
     zero: dict[str, int] = defaultdict(int)
     for _, names in each_rank(evidence, "values.zero_moments.names"):
         for name in names:
             zero[name] += 1
-    total = max((count for _, count in each_rank(evidence, "values.moments")), default=0)
+    gone: dict[str, int] = {}
+    for kind in union(evidence, "values.moments"):
+        counts = [moments[kind] for _, moments in each_rank(evidence, "values.moments") if kind in moments]
+        total = max(all_ for _, all_ in counts)
+        if total and min(zeros for zeros, _ in counts) >= LOST_SHARE * total:
+            gone[kind] = total
     # A shard of zeros may be part of a tensor that is not zero: those count that are zero on every rank that reports.
     lost = sorted(name for name, ranks in zero.items() if ranks == len(evidence.ranks))
-    most = min((count for _, count in counts), default=0)
-    if total and most >= LOST_SHARE * total:
+    if gone:
         yield finding(
             "moments_lost",
             "critical",
-            f"all {total} moments of the optimizer are zero after {step} steps: they were lost, and the loss will spike",
+            f"{' and '.join(f'all {total} {kind}' for kind, total in gone.items())} of the optimizer are zero after {step} "
+            "steps: they were lost, and the loss will spike",
             expected="moments that are not zero",
-            found=f"{most} of {total} are zero",
+            found=f"{', '.join(gone)} are zero",
             remedy="resume from a checkpoint that has them; else warm the learning rate up again (`dckpt repair` says how)",
         )
-    elif lost and total:
+    elif lost:
         first = [name for name in lost if name.rpartition(".")[2] in ("exp_avg", "momentum_buffer")]
         yield finding(
             "moments_lost",
             "warning",
             f"{len(lost)} moments are zero everywhere after {step} steps: {some(first or lost)}",
             expected="moments that are not zero",
-            found=f"{len(lost)} of {total} are zero",
+            found=f"{len(lost)} are zero",
             remedy="go on if these parameters never get a gradient (unused experts); else resume from another checkpoint",
         )
 

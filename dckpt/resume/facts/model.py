@@ -100,6 +100,8 @@ class ModelFacts:
         if known is not None and known[0]() is buffer and known[1] == version:
             return known[2]
         digest = f"{buffer.dtype}{list(buffer.shape)}{digest_bytes(_raw_bytes(buffer))}"
+        if buffer.is_floating_point() and buffer.element_size() > 1 and bool(buffer.detach().isnan().any()):
+            digest = f"NaN {digest}"
         self._digests[id(buffer)] = (weakref.ref(buffer), version, digest)
         return digest
 

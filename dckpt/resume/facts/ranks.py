@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from dckpt.format.checksum import digest_bytes
@@ -10,16 +11,18 @@ from dckpt.resume.facts.model import gradient_names, tied_names
 from dckpt.resume.facts.tensors import NAMES_MAX, value_facts
 from dckpt.resume.facts.training import optimizer_facts, scaler_facts, scheduler_facts, step_counters
 from dckpt.resume.report import LoadResult
+from dckpt.state.records import Captured
 from dckpt.state.rng import capture_rng
 from dckpt.state.train_state import TrainState
 
 
-def rank_facts(state: TrainState, loaded: LoadResult, model_facts: dict[str, Any]) -> dict[str, Any]:
+def rank_facts(
+    state: TrainState, captured: Captured, loaded: LoadResult, model_facts: dict[str, Any]
+) -> dict[str, Any]:
     """This rank's part of the evidence. Reads every tensor once, draws nothing, changes nothing.
 
-    model_facts: `ModelFacts.collect` of this rank. Waits for the device.
+    captured: `state.capture()`. model_facts: `ModelFacts.collect` of this rank. Waits for the device.
     """
-    captured = state.capture()
     gradients = gradient_names(state.models())
     progress = state.progress
     return {
@@ -46,7 +49,13 @@ def rank_facts(state: TrainState, loaded: LoadResult, model_facts: dict[str, Any
     }
 
 
-def random_digest(state: TrainState) -> str:
-    """One digest over all random streams, to prove that nothing was drawn."""
+def stream_digests(state: TrainState, names: Collection[str]) -> dict[str, str]:
+    """Random stream of this rank -> digest of its state now; of `names` those that are there."""
     streams = capture_rng(state.generators)
-    return digest_bytes(repr(sorted((name, stream_digest(value)) for name, value in streams.items())).encode())
+    return {name: stream_digest(value) for name, value in streams.items() if name in names}
+
+
+def moved_streams(state: TrainState, loaded: LoadResult) -> list[str]:
+    """Streams that are not where the load left them: something drew from them, or seeded them."""
+    now = stream_digests(state, loaded.streams)
+    return sorted(name for name, digest in loaded.streams.items() if now.get(name) != digest)

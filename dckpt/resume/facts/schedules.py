@@ -94,7 +94,10 @@ def horizon(scheduler: Any) -> dict[str, Any]:
             found[name] = plain
     nested = getattr(scheduler, "_schedulers", None)
     if isinstance(nested, (list, tuple)):
-        found["schedules"] = [{"class": type(item).__name__, **horizon(item)} for item in nested]
+        # A schedule of another kind that took this one's state has plain values here.
+        found["schedules"] = [
+            {"class": type(item).__name__, **horizon(item)} for item in nested if hasattr(item, "step")
+        ]
     return found
 
 

@@ -8,7 +8,7 @@ and both are constant. A v that belongs to another parameter breaks it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from dckpt.state.fingerprints import LiveFingerprint
 from dckpt.state.records import NamedTensor
 from dckpt.state.train_state import TrainState
 
@@ -35,13 +36,16 @@ class _Found:
     nonfinite: list[str] = field(default_factory=list)
     negative: list[str] = field(default_factory=list)
     zero: list[str] = field(default_factory=list)
-    nonzero: int = 0
+    moments: dict[str, list[int]] = field(default_factory=dict)
     incoherent: list[list[Any]] = field(default_factory=list)
     checked: int = 0
 
 
 def value_facts(state: TrainState, tensors: Sequence[NamedTensor]) -> dict[str, Any]:
-    """What is wrong with this rank's shards of `tensors` (`state.capture().tensors`), by name."""
+    """What is wrong with this rank's shards of `tensors` (`state.capture().tensors`), by name.
+
+    moments: kind of moment -> how many tensors of it are zero everywhere, and how many there are.
+    """
     found = _Found()
     with torch.no_grad():
         for item in tensors:
@@ -52,10 +56,33 @@ def value_facts(state: TrainState, tensors: Sequence[NamedTensor]) -> dict[str, 
         "nonfinite": _named(found.nonfinite),
         "negative": _named(found.negative),
         "zero_moments": _named(found.zero),
-        "moments": found.nonzero + len(found.zero),
+        "moments": found.moments,
         "incoherent": sorted(found.incoherent, key=lambda row: -float(row[1]))[:NAMES_MAX],
         "coherence_checked": found.checked,
     }
+
+
+def average_is_weights(state: TrainState, live: Mapping[str, LiveFingerprint]) -> bool | None:
+    """Whether what this rank holds of the average is what it holds of the trained weights; None if it cannot be compared.
+
+    live: what this rank holds of each tensor.
+    """
+    trained = {
+        f"model.{name}" for found in state.optimizer_states().values() for group in found.groups for name, _ in group
+    }
+    pairs = [(live[name], live[model]) for name in live if (model := _averaged(name, trained)) in live]
+    comparable = [(mean, weight) for mean, weight in pairs if mean.dtype == weight.dtype]
+    return all(mean.value == weight.value for mean, weight in comparable) if comparable else None
+
+
+def _averaged(name: str, trained: Collection[str]) -> str:
+    """The weight of which a tensor of the average is the mean, "" if none; wrappers put names in front of it."""
+    part, _, rest = name.partition(".")
+    while part == "ema" and rest:
+        if f"model.{rest}" in trained:
+            return f"model.{rest}"
+        rest = rest.partition(".")[2]
+    return ""
 
 
 def _named(names: list[str]) -> dict[str, Any]:
@@ -80,10 +107,11 @@ def _look_at(item: NamedTensor, found: _Found) -> None:
     if (is_squares or is_variance) and not local.is_complex() and bool(local.amin() < 0):
         found.negative.append(item.name)
     if item.name.startswith("optim.") and last in FIRST_MOMENTS + SECOND_MOMENTS:
+        counts = found.moments.setdefault(last, [0, 0])
+        counts[0] += size == 0.0
+        counts[1] += 1
         if size == 0.0:
             found.zero.append(item.name)
-        else:
-            found.nonzero += 1
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

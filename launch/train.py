@@ -227,7 +227,9 @@ def train(args: argparse.Namespace, rank: int, world: int, device: torch.device)
         open(log_file, "a", buffering=1) as log,  # by lines: a kill loses no line
     ):
         policy = dckpt.ResumePolicy(allow=args.allow)
-        if args.resume != "never" and checkpointer.resume(state, policy=policy) is None and args.resume == "must":
+        if args.leg:  # further training, in most cases on other text: --steps more steps, and the schedule anew
+            checkpointer.start_leg(state, scheduler="fresh", name=args.leg, policy=policy)
+        elif args.resume != "never" and checkpointer.resume(state, policy=policy) is None and args.resume == "must":
             raise SystemExit(f"--resume must: expected a checkpoint in {args.checkpoint}, found none.")
         while not progress.done:
             lr, begun = trainer.scheduler.get_last_lr()[0], time.monotonic()
@@ -240,7 +242,7 @@ def train(args: argparse.Namespace, rank: int, world: int, device: torch.device)
             print(json.dumps(row), file=log)
             if rank == 0 and progress.step % 10 == 0:
                 seconds = time.monotonic() - begun
-                print(f"step {progress.step}/{args.steps}: loss {loss:.4f}, {seconds:.2f} s", flush=True)
+                print(f"step {progress.leg_step}/{args.steps}: loss {loss:.4f}, {seconds:.2f} s", flush=True)
             if checkpointer.step(state) is dckpt.Stop:  # saves when due; Stop: a signal came or the work is done, saved
                 break
         return 0 if progress.done else dckpt.EXIT_STOPPED
@@ -251,6 +253,7 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--checkpoint", default="runs/gpt", metavar="URL", help="the run's directory (default %(default)s)")
     add("--resume", choices=("auto", "must", "never"), default="auto", help="auto (default): if there is a checkpoint")
+    add("--leg", metavar="NAME", help="train --steps more on this --data; the same NAME again goes on after a crash")
     add(
         "--allow", action="append", default=[], metavar="CHECK", help="resume in spite of this check's critical finding"
     )

@@ -39,7 +39,9 @@ class Follower:
     def resumed(self, state: TrainState, loaded: LoadResult, report: ResumeReport, facts: dict[str, Any]) -> None:
         """Training goes on from `loaded`."""
         self.facts = facts
-        self._watch = None if state.progress is None else FirstSteps(state, loaded)
+        # On other data neither losses nor batches compare with those before.
+        is_watched = state.progress is not None and not loaded.begins_leg
+        self._watch = FirstSteps(state, loaded) if is_watched else None
         self._write(
             lambda events: events.write_resume(
                 loaded.step or 0, report.text(), critical=len(report.critical), warnings=len(report.warnings)

@@ -22,7 +22,7 @@ class FirstSteps:
     def __init__(self, state: TrainState, loaded: LoadResult) -> None:
         progress = state.progress
         self._begin = progress.step
-        self._before = [loss for _, loss in progress.loss_history]
+        self._before = [loss for step, loss in progress.loss_history if step > progress.legs[-1].step]
         self._rate = _rate_of(loaded.manifest.facts)
         self._samples = progress.batch_history[-1][1] if progress.batch_history else None
         self._rates: list[float] = []

@@ -115,6 +115,19 @@ def test_weights_moments_and_random_streams_go_on(root):
     assert begun.scheduler.state_dict() == resumed.scheduler.state_dict()
 
 
+def test_a_new_leg_may_have_another_batch_and_other_losses_without_a_warning(root, caplog):
+    """Nothing that a leg changes on purpose is a finding, neither when it begins nor in its first steps."""
+    job = Job(NEW)
+    batch = dckpt.Batch(8)
+    job.progress = dckpt.TrainProgress(max_steps=12, batch=batch)
+    job.sampler = dckpt.ElasticDistributedSampler(NEW, batch=batch, seed=5, rank=0)
+    job.state = job.make_state()
+    with caplog.at_level(logging.WARNING, "dckpt"), open_run(root, save=dckpt.Every(steps=2)) as checkpointer:
+        assert checkpointer.start_leg(job.state, "fresh")
+        assert len(job.train(checkpointer)) == 12
+    assert not caplog.text
+
+
 def test_a_plain_resume_with_other_data_is_refused_and_says_what_to_call(root):
     with open_run(root) as checkpointer, pytest.raises(IncompatibleStateError, match=r"size 16 .* 40 live.*start_leg"):
         checkpointer.resume(Job(NEW).state, policy=ANYWAY)

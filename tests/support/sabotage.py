@@ -86,28 +86,39 @@ class Run:
         has_ema: bool = True,
         generators: Mapping[str, Any] | None = None,
         extra: Mapping[str, Any] | None = None,
+        parallel: Callable[[Net], nn.Module] | None = None,
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
         torch.manual_seed(seed), random.seed(seed), np.random.seed(seed)
         self.model = Net(**(model or {}))
         change(self.model)
+        self.wrapped = self.model if parallel is None else parallel(self.model)
         self.optimizer = optimizer((groups or split_groups)(self.model), lr=lr, betas=betas)
         self.scheduler = None if schedule is None else schedule(self.optimizer)
         self.scaler = torch.amp.GradScaler("cpu", **{"init_scale": 2.0**10, "growth_interval": 5, **(scaler or {})})
-        self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(0.9)) if has_ema else None
-        batch = batch or dckpt.Batch(micro=2, accumulation=2)
+        self.ema: Any = self._average(is_module=parallel is None) if has_ema else None
+        batch = batch or dckpt.Batch(micro=2, accumulation=2, data_parallel=ranks)
         self.sampler = dckpt.ElasticDistributedSampler(
-            **{"dataset": SAMPLES, "seed": 3, "batch": batch, **(sampler or {})}
+            **{"dataset": SAMPLES, "seed": 3, "batch": batch, "rank": rank, **(sampler or {})}
         )
         self.progress = dckpt.TrainProgress(max_steps=max_steps, batch=batch)
         self.generators = dict(generators or {})
         self.facts = {**FACTS, **(facts or {})}
         self.extra = dict(extra or {})
         self.state = self.state_of()
+        if ranks > 1:  # torch differs by rank, Python's and NumPy's streams are the same everywhere
+            torch.manual_seed(1000 * seed + rank)
+
+    def _average(self, *, is_module: bool) -> Any:
+        if is_module:
+            return AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+        return {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
 
     def state_of(self, **options: Any) -> dckpt.TrainState:
         """The run's state; `options` replace parts of it."""
         parts = {
-            "model": self.model,
+            "model": self.wrapped,
             "optimizer": self.optimizer,
             "scheduler": self.scheduler,
             "scaler": self.scaler,
@@ -132,8 +143,12 @@ class Run:
                 self.scheduler.step(loss.detach())
             elif self.scheduler is not None:
                 self.scheduler.step()
-            if self.ema is not None:
+            if isinstance(self.ema, AveragedModel):
                 self.ema.update_parameters(self.model)
+            elif self.ema is not None:
+                with torch.no_grad():
+                    for name, parameter in self.model.named_parameters():
+                        self.ema[name].lerp_(parameter, 0.1)
             self.model.seen += 1
             self.progress.advance(loss=loss.detach())
 
@@ -141,7 +156,7 @@ class Run:
         """One micro-batch."""
         # Every token in every batch: no row without moments.
         tokens = torch.arange(VOCABULARY)[torch.randperm(VOCABULARY)]
-        loss = (self.model(tokens) - 1).square().mean()
+        loss = (self.wrapped(tokens) - 1).square().mean()
         self.scaler.scale(loss).backward()
         return loss
 

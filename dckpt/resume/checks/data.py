@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dckpt.findings import Finding, Severity
-from dckpt.resume.checks.base import Check, Evidence, finding, get, not_checked
+from dckpt.resume.checks.base import Check, Evidence, each_rank, finding, get, not_checked
 
 _USER: dict[str, tuple[Severity, str, str]] = {
     "dataset": (
@@ -78,8 +78,7 @@ def check_data_order(evidence: Evidence) -> Iterator[Finding]:
         return
     for key in sorted(set(saved) & set(current)):
         yield from _compare_order(key, saved[key], current[key])
-    if evidence.load is not None:
-        yield from _positions(saved, get(evidence.current, "data") or {})
+    yield from _positions(evidence)
     for key, item in saved.items():
         cursor, size = item.get("cursor"), item.get("n_eff", item.get("size"))
         if isinstance(cursor, int) and isinstance(size, int) and not 0 <= cursor <= size:
@@ -93,31 +92,33 @@ def check_data_order(evidence: Evidence) -> Iterator[Finding]:
             )
 
 
-def _positions(saved: Mapping[str, Any], live: Mapping[str, Any]) -> Iterator[Finding]:
-    for key in sorted(set(saved) & set(live)):
-        old, new = saved[key], live[key]
-        if any(not isinstance(item.get(name), int) for item in (old, new) for name in ("epoch", "cursor")):
-            continue
-        if (old["epoch"], old["cursor"]) == (new["epoch"], new["cursor"]):
-            continue
-        if (new["epoch"], new["cursor"]) == (old["epoch"] + 1, 0) and old["cursor"] >= _samples(old, new):
-            continue  # what is left of the epoch makes no step of this batch
-        yield finding(
-            "data_order",
-            "critical",
-            f"the position in the data{_label(key)} is epoch {new['epoch']}, sample {new['cursor']}, and epoch {old['epoch']}, "
-            f"sample {old['cursor']} was saved: samples would be repeated or left out",
-            expected=f"epoch {old['epoch']}, sample {old['cursor']}",
-            found=f"epoch {new['epoch']}, sample {new['cursor']}",
-            remedy="nothing may move the sampler between the load and the first step; progress.advance() does it later",
-        )
+def _positions(evidence: Evidence) -> Iterator[Finding]:
+    """The live samplers stand where they stood when they were saved, on every rank."""
+    saved, live = get(evidence.saved, "data") or {}, get(evidence.current, "data") or {}
+    for rank, positions in each_rank(evidence, "positions"):
+        for key in sorted(set(saved) & set(positions)):
+            old, (epoch, cursor) = saved[key], positions[key]
+            before = old.get("epoch"), old.get("cursor")
+            if None in before or before == (epoch, cursor):
+                continue
+            if (epoch, cursor) == (before[0] + 1, 0) and before[1] >= _last_start(old, live.get(key) or {}):
+                continue  # what is left of the epoch makes no step of this batch
+            yield finding(
+                "data_order",
+                "critical",
+                f"the position in the data{_label(key)} on rank {rank} is epoch {epoch}, sample {cursor}, and epoch {before[0]}, "
+                f"sample {before[1]} was saved: samples would be repeated or left out",
+                expected=f"epoch {before[0]}, sample {before[1]}",
+                found=f"epoch {epoch}, sample {cursor}",
+                remedy="nothing may move the sampler between the load and the first step; progress.advance() does it later",
+            )
+            return
 
 
-def _samples(old: Mapping[str, Any], new: Mapping[str, Any]) -> int:
+def _last_start(old: Mapping[str, Any], new: Mapping[str, Any]) -> int:
     """From which position on no whole step of the new batch is left in the epoch."""
-    if new.get("tail") != "drop":
-        return int(old.get("size", 0))
-    return int(old.get("size", 0)) - int(new.get("global_batch", 1)) + 1
+    size = int(old.get("size", 0))
+    return size - int(new.get("global_batch", 1)) + 1 if new.get("tail") == "drop" else size
 
 
 def _label(key: str) -> str:

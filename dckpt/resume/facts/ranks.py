@@ -7,6 +7,7 @@ from typing import Any
 
 from dckpt.format.checksum import digest_bytes
 from dckpt.format.streams import stream_digest
+from dckpt.resume.facts.collect import data_facts
 from dckpt.resume.facts.model import gradient_names, tied_names
 from dckpt.resume.facts.tensors import NAMES_MAX, value_facts
 from dckpt.resume.facts.training import optimizer_facts, scaler_facts, scheduler_facts, step_counters
@@ -30,6 +31,11 @@ def rank_facts(
         "micro_step": loaded.micro_step,
         "coordinates": state.coordinates(),
         "step": getattr(progress, "step", None),
+        "positions": {
+            key: [facts["epoch"], facts["cursor"]]
+            for key, facts in (data_facts(state) or {}).items()
+            if isinstance(facts.get("epoch"), int) and isinstance(facts.get("cursor"), int)
+        },
         "progress_micro_step": getattr(progress, "micro_step", 0),
         "rng": {stream: stream_digest(value) for stream, value in captured.rng.items()},
         "modes": model_facts["modes"],

@@ -41,7 +41,7 @@ class FactCollector:
 
         A section that cannot be collected is left out and said once: a checkpoint without a fact is better than none.
         """
-        models = state.models()
+        models, optimizers = state.models(), state.optimizer_states()
         sections: dict[str, Callable[[], Any]] = {
             "user": lambda: encode_value(dict(state.facts), path="facts") if state.facts else None,
             "batch": lambda: _batch(state),
@@ -50,12 +50,10 @@ class FactCollector:
             "progress": lambda: progress_facts(state),
             "world": lambda: world_facts(state.mesh, self._world_size),
             "model": lambda: self._models.collect(models),
-            "optim": lambda: optimizer_facts(state),
+            "optim": lambda: optimizer_facts(optimizers),
             "scheduler": lambda: scheduler_facts(state),
             "scaler": lambda: scaler_facts(state),
-            "steps": lambda: {
-                key: step_counters(found.optimizer, may_wait=False) for key, found in state.optimizer_states().items()
-            },
+            "steps": lambda: {key: step_counters(found.optimizer, may_wait=False) for key, found in optimizers.items()},
             "data": lambda: data_facts(state),
             "precision": lambda: precision_facts(models),
             "versions": lambda: dict(library_facts()),

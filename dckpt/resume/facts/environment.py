@@ -48,28 +48,27 @@ def precision_facts(models: Mapping[str, nn.Module]) -> dict[str, Any]:
         "autocast": str(torch.get_autocast_dtype("cuda" if torch.cuda.is_available() else "cpu"))
         if torch.is_autocast_enabled("cuda" if torch.cuda.is_available() else "cpu")
         else "",
-        "compiled": sorted(prefix for prefix, model in models.items() if _is_compiled(model)),
-        "fsdp": _fsdp_policies(models),
+        **_wrappers(models),
     }
 
 
-def _is_compiled(model: nn.Module) -> bool:
+def _wrappers(models: Mapping[str, nn.Module]) -> dict[str, Any]:
+    """Which models are compiled, and the mixed-precision policies of FSDP2, for which torch has no public question."""
     optimized = loaded_class("torch._dynamo.eval_frame", "OptimizedModule")
-    is_wrapped = optimized is not None and any(isinstance(module, optimized) for module in model.modules())
-    return is_wrapped or getattr(model, "_compiled_call_impl", None) is not None
-
-
-def _fsdp_policies(models: Mapping[str, nn.Module]) -> list[str]:
-    """The mixed-precision policies of FSDP2 in use. torch has no public way to ask; without it they are not compared."""
-    found: set[str] = set()
-    for model in models.values():
+    compiled: set[str] = set()
+    policies: set[str] = set()
+    for prefix, model in models.items():
+        if getattr(model, "_compiled_call_impl", None) is not None:
+            compiled.add(prefix)
         for module in model.modules():
-            state = getattr(module, "_get_fsdp_state", None)
-            policy = getattr(state(), "_mp_policy", None) if callable(state) else None
+            if optimized is not None and isinstance(module, optimized):
+                compiled.add(prefix)
+            ask = getattr(type(module), "_get_fsdp_state", None)
+            policy = None if ask is None else getattr(ask(module), "_mp_policy", None)
             dtypes = [getattr(policy, name, None) for name in ("param_dtype", "reduce_dtype", "output_dtype")]
             if any(dtype is not None for dtype in dtypes):
-                found.add(", ".join(str(dtype) for dtype in dtypes))
-    return sorted(found)
+                policies.add(", ".join(str(dtype) for dtype in dtypes))
+    return {"compiled": sorted(compiled), "fsdp": sorted(policies)}
 
 
 def world_facts(mesh: DeviceMesh | None, world_size: int) -> dict[str, Any]:

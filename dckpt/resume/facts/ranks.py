@@ -45,7 +45,7 @@ def rank_facts(
         "unsaved_buffers": model_facts["unsaved_buffers"],
         "tied": tied_names(state.models()),
         "gradients": {"count": len(gradients), "names": gradients[:NAMES_MAX]},
-        "optim": optimizer_facts(state),
+        "optim": optimizer_facts(state.optimizer_states()),
         "steps": {
             key: step_counters(found.optimizer, may_wait=True) for key, found in state.optimizer_states().items()
         },

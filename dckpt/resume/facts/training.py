@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from dckpt.format.checksum import digest_bytes
 from dckpt.resume.facts.schedules import horizon, next_rates, schedule_counter
+from dckpt.state.optimizer import OptimizerState
 from dckpt.state.train_state import TrainState
 
 PLAIN = (bool, int, float, str)
@@ -34,8 +35,8 @@ def plain_number(value: Any) -> Any:
     return None
 
 
-def optimizer_facts(state: TrainState) -> dict[str, Any]:
-    """Optimizer key -> its class and, per group, options and members."""
+def optimizer_facts(states: Mapping[str, OptimizerState]) -> dict[str, Any]:
+    """Optimizer key -> its class and, per group, options and members. `states`: `TrainState.optimizer_states()`."""
     return {
         key: {
             "class": type(found.optimizer).__name__,
@@ -52,7 +53,7 @@ def optimizer_facts(state: TrainState) -> dict[str, Any]:
                 for members, group in zip(found.groups, found.optimizer.param_groups, strict=True)
             ],
         }
-        for key, found in state.optimizer_states().items()
+        for key, found in states.items()
     }
 
 

@@ -22,9 +22,9 @@ from dckpt.state.train_state import TrainState
 
 FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
 SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
-SAMPLE_ELEMENTS = 2**20
+SAMPLE_ELEMENTS = 2**18
 """Elements of a tensor that the three-pass check looks at; a larger one is sampled in runs spread over it."""
-RUN_ELEMENTS = 2**14
+RUN_ELEMENTS = 2**15
 LOOKED_AT = ("model", "optim", "ema")
 """Parts whose values are looked at; what extras hold only their owner can judge."""
 FLOOR = 1e-15
@@ -98,19 +98,25 @@ def _look_at(item: NamedTensor, found: _Found) -> None:
     if local.element_size() < 2:
         local = local.float()  # torch has no norm of 8-bit floats
     last = item.name.rpartition(".")[2]
-    size = float(torch.linalg.vector_norm(local))
-    # A norm may overflow although every element is finite.
-    if not math.isfinite(size) and not bool(torch.isfinite(local).all()):
-        found.nonfinite.append(item.name)
     is_squares = item.name.startswith("optim.") and last in SECOND_MOMENTS
     is_variance = item.name.startswith("model.") and last == "running_var"
-    if (is_squares or is_variance) and not local.is_complex() and bool(local.amin() < 0):
-        found.negative.append(item.name)
+    if (is_squares or is_variance) and not local.is_complex():
+        # One pass tells all of it; a NaN anywhere comes out as both.
+        lowest, highest = torch.stack(torch.aminmax(local)).tolist()
+        if lowest < 0:
+            found.negative.append(item.name)
+        is_finite, is_zero = math.isfinite(lowest) and math.isfinite(highest), lowest == highest == 0
+    else:
+        size = float(torch.linalg.vector_norm(local))
+        # A norm may overflow although every element is finite.
+        is_finite, is_zero = math.isfinite(size) or bool(torch.isfinite(local).all()), size == 0
+    if not is_finite:
+        found.nonfinite.append(item.name)
     if item.name.startswith("optim.") and last in FIRST_MOMENTS + SECOND_MOMENTS:
         counts = found.moments.setdefault(last, [0, 0])
-        counts[0] += size == 0.0
+        counts[0] += is_zero
         counts[1] += 1
-        if size == 0.0:
+        if is_zero:
             found.zero.append(item.name)
 
 
@@ -150,16 +156,21 @@ def moment_bound(betas: Any) -> float | None:
 
 
 def worst_ratio(m: torch.Tensor, v: torch.Tensor, bound: float) -> tuple[float, int, int]:
-    """The largest |m| / (bound sqrt(v)) of a sample, how many elements are beyond 1.02, and how many were looked at."""
+    """Of a sample: the largest |m| / (bound sqrt(v)) if it is above 1, how many elements are beyond 1.02, how many there are."""
     worst, beyond, looked_at = 0.0, 0, 0
     for first, last in sample_runs(m.numel()):
-        sample_m = m.reshape(-1)[first:last].float().abs()
-        limit = v.reshape(-1)[first:last].float().clamp(min=0).sqrt().mul_(bound)
+        looked_at += last - first
+        sample_m = m.reshape(-1)[first:last].float()
+        sample_v = v.reshape(-1)[first:last].float()
+        # Nearly all runs are coherent throughout, which one fused product shows: squared, without roots.
+        if bool(torch.addcmul(sample_v * (-bound * bound), sample_m, sample_m).amax() <= 0):
+            continue
+        sample_m = sample_m.abs()
+        limit = sample_v.clamp(min=0).sqrt().mul_(bound)
         # Below the floor both are rounding; and where m underflowed there is nothing to compare.
         ratio = torch.where(sample_m > FLOOR, sample_m / limit.clamp(min=FLOOR * 1e-3), torch.zeros_like(sample_m))
         worst = max(worst, float(ratio.max()))
         beyond += int((ratio > 1.02).sum())
-        looked_at += last - first
     return worst, beyond, looked_at
 
 

@@ -116,8 +116,8 @@ class Checkpointer(RunHistory):
             raise ConfigError(f"Checkpointer(deadline_s=): expected more than 0 seconds, found {deadline_s}.")
         ensure_kind("save", save, Every)
         ensure_kind("retention", retention, Retention)
-        self._storage = open_storage(place_of_run(root))
         self._topology = detect_topology()
+        self._storage = open_storage(place_of_run(root), processes=self._topology.world_size)
         self._coordination = Coordination.connect(self._topology, scope="checkpointer", deadline_s=deadline_s)
         keeper = Keeper(self._storage, retention or Retention())
         gate = StepGate() if overlap else None

@@ -5,22 +5,26 @@ from __future__ import annotations
 import os
 
 from dckpt.errors import ConfigError
+from dckpt.storage.opening import SCHEMES
 
 
-def is_local_url(url: str) -> bool:
-    """Whether this version stores there: a path or a `file://` URL."""
-    return "://" not in url or url.startswith("file://")
+def is_storage_url(url: str) -> bool:
+    """Whether this version stores there: a path, or a URL with a scheme that `open_storage` takes."""
+    scheme, separator, _ = url.partition("://")
+    return not separator or scheme.lower() in SCHEMES
 
 
 def split_checkpoint_url(url: str) -> tuple[str, str]:
     """(root, name) of the checkpoint directory `url`; the root is where attempts are staged and renamed from."""
-    place = url.rstrip("/")
+    # Options of a store stay with the root; a path may hold a question mark.
+    place, mark, options = url.partition("?") if "://" in url else (url, "", "")
+    place = place.rstrip("/")
     if "://" not in place:
         place = os.path.abspath(place)
     root, _, name = place.rpartition("/")
-    if not name or name.startswith(".") or not root:
+    if not name or name.startswith(".") or not root or root.endswith(":/"):
         raise ConfigError(
             f"Checkpoint {url!r}: expected the path of a directory whose name does not start with a dot, such as "
             "runs/gpt/step-100."
         )
-    return root, name
+    return root + mark + options, name

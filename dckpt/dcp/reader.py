@@ -21,7 +21,7 @@ from torch.futures import Future
 
 from dckpt.blocks.read import read_checked
 from dckpt.catalog.catalog import Catalog
-from dckpt.dcp.location import is_local_url, split_checkpoint_url
+from dckpt.dcp.location import is_storage_url, split_checkpoint_url
 from dckpt.dcp.read import TORCH_DTYPES, CheckpointFiles
 from dckpt.dcp.spans import BoxRead
 from dckpt.errors import ConfigError, CorruptCheckpointError, StorageMissingError
@@ -48,7 +48,7 @@ class DckptReader(StorageReader):
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """True for local paths and `file://` URLs."""
-        return is_local_url(os.fspath(checkpoint_id))
+        return is_storage_url(os.fspath(checkpoint_id))
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """A new load begins, at `checkpoint_id` if given."""

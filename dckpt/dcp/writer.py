@@ -22,7 +22,7 @@ from dckpt.blocks.source import ImageSource
 from dckpt.blocks.write import WriterPool, write_shard_file
 from dckpt.catalog.transaction import Transaction
 from dckpt.dcp.chunks import copy_to_bytes
-from dckpt.dcp.location import is_local_url, split_checkpoint_url
+from dckpt.dcp.location import is_storage_url, split_checkpoint_url
 from dckpt.errors import ConfigError
 from dckpt.format.index import Chunk, build_index
 from dckpt.format.manifest import FileEntry, Manifest
@@ -96,7 +96,7 @@ class DckptWriter(StorageWriter):
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """True for local paths and `file://` URLs."""
-        return is_local_url(os.fspath(checkpoint_id))
+        return is_storage_url(os.fspath(checkpoint_id))
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """A new save begins, at `checkpoint_id` if given."""
@@ -132,7 +132,7 @@ class DckptWriter(StorageWriter):
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """On the coordinator: begins the attempt on storage and tells its id to the others outside the plan."""
         root, name = self._location()
-        storage = open_storage(root)
+        storage = open_storage(root, processes=len(plans))
         storage.ensure_root()
         self._attempt = uuid.uuid4().hex
         transaction = Transaction(storage, checkpoint=name, attempt=self._attempt, generation=0)

@@ -124,7 +124,7 @@ class Storage(Protocol):
         ...
 
     def ensure_root(self) -> None:
-        """The root exists durably, with all its ancestors."""
+        """The root exists durably, with all its ancestors: `exists` says yes, and `list_dir` answers."""
         ...
 
     def read_bytes(self, key: str, *, limit: int, uncached: bool = False) -> bytes:
@@ -143,11 +143,15 @@ class Storage(Protocol):
         ...
 
     def modified_unix_s(self, key: str) -> float:
-        """When the file or directory `key` itself was last changed, by the storage's clock."""
+        """When the file or directory `key` itself was last changed, by the storage's clock; 0 if only what is in it tells."""
         ...
 
     def list_dir(self, key: str = "") -> list[Entry]:
-        """The entries of a directory, sorted by name. `StorageMissingError` if it is not there."""
+        """The entries of a directory, sorted by name. `StorageMissingError` if it is not there.
+
+        Checkpoints without a manifest and the files of attempts in progress are not seen under the name of a checkpoint, but
+        as `staging_key` names them. A directory that `create` made may be gone when its last file is.
+        """
         ...
 
     def create(self, key: str, data: bytes) -> None:
@@ -165,6 +169,8 @@ class Storage(Protocol):
     def create_file(self, key: str, *, is_large: bool = False) -> FileWriter:
         """A new file, exclusively; `KeyExistsError` if the name is taken. Its directory must exist.
 
+        Where nothing but a small object can be created exclusively, a name that is taken while a large one is being written is
+        not noticed: names below an attempt are nobody else's.
         `is_large`: worth going around the page cache where the storage can. Takes the same calls either way.
         """
         ...
@@ -172,8 +178,8 @@ class Storage(Protocol):
     def link(self, source: str, target: str) -> bool:
         """`target` is one more name of the file `source`, exclusively; each name outlives the other. Durable after `sync_dir`.
 
-        False if the storage has no second names, or none for this file: nothing was made. `StorageMissingError` if
-        the source or the target's directory is gone, `KeyExistsError` if another file has the name.
+        A copy that the storage itself makes is as good. False if it has neither, or none for this file: nothing was made.
+        `StorageMissingError` if the source or the target's directory is gone, `KeyExistsError` if another file has the name.
         """
         ...
 
@@ -182,7 +188,7 @@ class Storage(Protocol):
         ...
 
     def staging_key(self, checkpoint: str, attempt: str) -> str:
-        """Where the attempt's files are written before the commit."""
+        """Where the attempt's files are written before the commit. Every process that writes or commits asks for it."""
         ...
 
     def stage_manifest(self, staging: str, manifest: bytes) -> None:

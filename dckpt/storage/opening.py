@@ -9,12 +9,20 @@ from urllib.parse import unquote, urlsplit
 from dckpt.errors import ConfigError
 from dckpt.storage.base import Storage
 from dckpt.storage.local import LocalStorage
+from dckpt.storage.memory import memory_client
+from dckpt.storage.object_store import ObjectStorage, parse_place
+
+SCHEMES = frozenset(("file", "memory"))
+"""Schemes of URLs that `open_storage` takes."""
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
 
-def open_storage(url: str | os.PathLike[str]) -> Storage:
-    """The storage at `url`: a path, or file:///absolute/path. Touches nothing; the root may be missing."""
+def open_storage(url: str | os.PathLike[str], *, processes: int = 1) -> Storage:
+    """The storage at `url`: a path, file:///absolute/path or memory://name. Touches nothing; the root may be missing.
+
+    `processes` is how many have to see the same content: `ConfigError` where they would not.
+    """
     text = os.fspath(url)
     if not text or "\0" in text:
         raise ConfigError(
@@ -23,9 +31,11 @@ def open_storage(url: str | os.PathLike[str]) -> Storage:
     scheme = _SCHEME.match(text)
     if scheme is None:
         return LocalStorage(text)
+    if scheme[1].lower() == "memory":
+        return _open_memory(text, processes)
     if scheme[1].lower() != "file":
         raise ConfigError(
-            f"Storage URL {text!r}: expected a path or file:///path, found scheme {scheme[1]!r}. This "
+            f"Storage URL {text!r}: expected a path, file:///path or memory://name, found scheme {scheme[1]!r}. This "
             "version of dckpt stores checkpoints on file systems; mount the store, or give a path."
         )
     parts = urlsplit(text)
@@ -35,3 +45,13 @@ def open_storage(url: str | os.PathLike[str]) -> Storage:
             f"%3F and %23), found host {parts.netloc!r} and path {parts.path!r}."
         )
     return LocalStorage(unquote(parts.path))
+
+
+def _open_memory(text: str, processes: int) -> Storage:
+    if processes > 1:
+        raise ConfigError(
+            f"Storage URL {text!r}: expected a storage that all {processes} processes share, found the memory of each process. "
+            "memory:// is for a single process; name a directory."
+        )
+    name, root = parse_place(text, text.partition("://")[2])
+    return ObjectStorage(memory_client(name), root, url=f"memory://{name}/{root}".rstrip("/"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from dckpt.storage.opening import open_storage
 
 STORAGES: dict[str, Callable[[Path], Storage]] = {
     "local": lambda place: LocalStorage(place / "deep" / "run"),
+    "memory": lambda place: open_storage(f"memory://{place.name}-{uuid.uuid4().hex}/deep/run"),
 }
 
 ATTEMPT = "0123456789abcdef" * 2
@@ -351,7 +353,7 @@ def test_publish_does_not_replace_an_empty_directory_or_a_file(storage: Storage)
     storage.make_dirs(NAME)
     with pytest.raises(KeyExistsError, match="empty directory"):
         storage.publish(staging, NAME, b"manifest")
-    assert storage.list_dir(NAME) == []
+    assert [entry for entry in storage.list_dir(NAME) if not entry.is_dir] == []
 
     storage.discard(NAME)
     storage.create(NAME, b"a file")
@@ -383,7 +385,48 @@ def test_writing_into_a_swept_attempt_is_a_missing_error(storage: Storage):
     with pytest.raises(StorageMissingError):
         storage.stage_manifest(staging, b"manifest")
 
+    # What was written too late is in no directory, or still shows as the attempt that it belongs to.
+    assert {entry.name for entry in storage.list_dir()} <= {staging}
+    storage.discard(staging)
     assert storage.list_dir() == []
+
+
+def test_files_of_an_attempt_are_listed_read_and_swept_by_another_storage_of_the_same_place(storage: Storage):
+    staging = stage(storage)
+    other = open_storage(storage.url)
+
+    assert [(entry.name, entry.is_dir) for entry in other.list_dir()] == [(staging, True)]
+    assert {entry.name for entry in other.list_dir(staging)} == {ATTEMPT, "manifest.json"}
+    assert other.read_bytes(f"{staging}/{ATTEMPT}/rank00000.safetensors", limit=7) == b"tensors"
+    assert other.modified_unix_s(f"{staging}/{ATTEMPT}/rank00000.safetensors") > 0
+    with pytest.raises(StorageMissingError):
+        other.list_dir(NAME)
+    other.discard(staging)
+    assert other.list_dir() == []
+    with pytest.raises(StorageMissingError, match="swept"):
+        storage.publish(staging, NAME, b"manifest")
+
+
+def test_deleting_a_checkpoint_leaves_another_attempt_at_its_name_alone(storage: Storage):
+    storage.publish(stage(storage), NAME, b"manifest")
+    other = stage(storage, b"other manifest", attempt="f" * 32)
+
+    storage.discard(NAME)
+
+    assert storage.read_bytes(f"{other}/{'f' * 32}/rank00000.safetensors", limit=7) == b"tensors"
+    storage.publish(other, NAME, b"other manifest")
+    assert [entry.name for entry in storage.list_dir()] == [NAME]
+    assert storage.read_bytes(f"{NAME}/manifest.json", limit=100) == b"other manifest"
+
+
+def test_sweeping_another_attempt_at_its_name_leaves_a_checkpoint_alone(storage: Storage):
+    other = stage(storage, b"other manifest", attempt="f" * 32)
+    storage.publish(stage(storage), NAME, b"manifest")
+
+    storage.discard(other)
+
+    assert [entry.name for entry in storage.list_dir()] == [NAME]
+    assert storage.read_bytes(f"{NAME}/{ATTEMPT}/rank00000.safetensors", limit=7) == b"tensors"
 
 
 def test_discard_removes_trees_and_files_and_does_nothing_twice(storage: Storage):
@@ -396,8 +439,10 @@ def test_discard_removes_trees_and_files_and_does_nothing_twice(storage: Storage
     storage.discard("pins/x")
     storage.discard("none/deeper")
 
-    assert [entry.name for entry in storage.list_dir()] == ["pins"]
-    assert storage.list_dir("pins") == []
+    # A directory may go with its last file, where directories are not things of their own.
+    assert {entry.name for entry in storage.list_dir()} <= {"pins"}
+    for entry in storage.list_dir():
+        assert storage.list_dir(entry.name) == []
 
 
 def test_discard_goes_over_an_announcement_and_not_at_all_without_it(storage: Storage):

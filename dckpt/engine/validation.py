@@ -31,8 +31,10 @@ from dckpt.state.rng import preserved_rng
 from dckpt.state.train_state import TrainState
 from dckpt.storage.base import Storage
 
-SHARED_SECTIONS = ("modes", "unsaved_buffers", "tied", "optim", "steps", "scheduler", "scaler")
+SHARED_SECTIONS = ("modes", "unsaved_buffers", "tied", "optim", "steps", "scheduler", "scaler", "settings")
 """Sections that are usually equal on all ranks: they travel as digests first, and in full only from ranks that differ."""
+SETTINGS = ("batch", "max_steps", "max_epochs", "precision", "versions", "code")
+"""Facts that have to be the same on every rank."""
 
 
 @dataclass
@@ -115,6 +117,7 @@ class Validation:
                 captured = state.capture()
                 current = self.collector.collect(state, captured)
                 own = {**rank_facts(state, captured, loaded, current["model"]), "moved_streams": moved}
+                own["settings"] = {name: current[name] for name in SETTINGS if name in current}
         except Exception as error:  # noqa: BLE001 - it travels to all ranks, which raise it together
             failure = error
         found: list[dict[str, Any]] = []

@@ -88,7 +88,10 @@ def _judge(
         loaded = earlier
     with torch.no_grad():
         case.spoil(run, rank)
-    return validate(checkpointer, run.state, loaded)
+    try:
+        return validate(checkpointer, run.state, loaded)
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 ANOTHER_CHECKPOINT = "another checkpoint on one rank"
@@ -144,6 +147,10 @@ def _gradient(run: Run) -> None:
 
 def _reseed_all(_: Run, rank: int) -> None:
     torch.manual_seed(5)
+
+
+def _other_matmul(_: Run, rank: int) -> None:
+    torch.set_float32_matmul_precision("high" if rank == 1 else "highest")
 
 
 FINGERPRINTS = {"fingerprints": C}
@@ -285,6 +292,19 @@ RANK_CASES = [
         _one(lambda run: run.sampler.load_state_dict({**run.sampler.state_dict(), "cursor": 8})),
     ),
     # Settings.
+    RankCase(
+        "another batch on one rank",
+        {"ranks_agree": C},
+        "rank 1 was started with other settings than rank 0: micro 2 -> 1",
+        _one(lambda run: setattr(run.progress, "batch", dckpt.Batch(micro=1, accumulation=2, data_parallel=2))),
+    ),
+    RankCase(
+        "another end on one rank",
+        {"ranks_agree": C},
+        "max_steps 1000 -> 500",
+        _one(lambda run: setattr(run.progress, "max_steps", 500)),
+    ),
+    RankCase("another arithmetic on one rank", {"ranks_agree": W}, "matmul highest -> high", _other_matmul),
     RankCase(
         "a larger batch on each rank",
         {"global_batch": C},

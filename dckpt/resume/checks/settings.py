@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from dckpt.findings import Finding
+from dckpt.findings import Finding, Severity
 from dckpt.format.accumulation import GRADIENTS
-from dckpt.resume.checks.base import Check, Evidence, Facts, finding, get, not_checked
+from dckpt.resume.checks.base import Check, Evidence, Facts, each_rank, finding, get, not_checked, some
 
 SMALL_REST = 0.01
 
@@ -217,6 +217,41 @@ def check_samples(evidence: Evidence) -> Iterator[Finding]:
         )
 
 
+def check_ranks_agree(evidence: Evidence) -> Iterator[Finding]:
+    """All ranks run one program with one batch, one end, one arithmetic and one set of libraries."""
+    told = each_rank(evidence, "settings")
+    severities: tuple[tuple[Severity, tuple[str, ...]], ...] = (
+        ("critical", ("batch", "max_steps", "max_epochs")),
+        ("warning", ("precision", "versions", "code")),
+    )
+    for rank, found in told[1:]:
+        changed = {
+            name: _other_values(name, told[0][1].get(name), found.get(name))
+            for _, names in severities
+            for name in names
+        }
+        for severity, names in severities:
+            texts = [text for name in names for text in changed[name]]
+            if texts:
+                yield finding(
+                    "ranks_agree",
+                    severity,
+                    f"rank {rank} was started with other settings than rank 0: {some(texts)}",
+                    expected="the settings of rank 0",
+                    found=some(texts),
+                    remedy="start all ranks with the same program, arguments and environment",
+                )
+        if any(changed.values()):
+            return
+
+
+def _other_values(name: str, first: Any, other: Any) -> list[str]:
+    """What differs, as text; of a record only what both have, for not every node can say everything."""
+    if isinstance(first, dict) and isinstance(other, dict):
+        return [f"{key} {first[key]} -> {other[key]}" for key in first if key in other and first[key] != other[key]]
+    return [f"{name} {first} -> {other}"] if first != other and name.startswith(("batch", "max")) else []
+
+
 CHECKS = (
     Check("global_batch", "Samples of one optimizer step", "before", check_global_batch),
     Check("accumulation", "Position inside gradient accumulation", "before", check_accumulation),
@@ -224,4 +259,5 @@ CHECKS = (
     Check("world_size", "Number and arrangement of ranks", "before", check_world_size),
     Check("training_parts", "What training needs besides weights", "before", check_training_parts),
     Check("samples", "Count of samples", "before", check_samples),
+    Check("ranks_agree", "One program on all ranks", "after", check_ranks_agree),
 )

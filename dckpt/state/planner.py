@@ -180,9 +180,11 @@ class Planner:
 
 
 def _hint(label: str, shape: Sequence[int], live: torch.Tensor) -> str:
-    """What a difference in nothing but the rows of a matrix of the model usually is."""
+    """What a difference in nothing but the rows of a matrix with such a name is."""
     is_rows = live.ndim == 2 == len(shape) and shape[1] == live.shape[1] and label.startswith("model.")
-    return " (if its rows are a vocabulary: build it with the saved size, padding included)" if is_rows else ""
+    if not is_rows or not any(word in label.lower() for word in ("emb", "head", "vocab", "wte", "token")):
+        return ""
+    return " (the size of the vocabulary: build it with the saved one, padding included)"
 
 
 def empty_beside(live: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

@@ -290,7 +290,7 @@ class CarelessPosix(Posix):
 
 def _forget_syncs(careless: Careless) -> None:
     if careless:
-        checkpointer_module.open_storage = lambda url: LocalStorage(url, CarelessPosix(careless))
+        checkpointer_module.open_storage = lambda url, **_: LocalStorage(url, CarelessPosix(careless))
 
 
 def _start_run(child: Child, seed: int = 1) -> SmallRun:

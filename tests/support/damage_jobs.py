@@ -91,7 +91,7 @@ def reads_through(posix: Posix | None) -> Iterator[None]:
     """Every `Checkpointer` made meanwhile makes its system calls through `posix`."""
     before = dckpt.checkpointer.open_storage
     if posix is not None:
-        dckpt.checkpointer.open_storage = lambda url: LocalStorage(url, posix)  # type: ignore[assignment]
+        dckpt.checkpointer.open_storage = lambda url, **_: LocalStorage(url, posix)  # type: ignore[assignment]
     try:
         yield
     finally:

@@ -87,7 +87,7 @@ class ObjectStorage:
         if found is not None:
             return found.modified_unix_s
         here = self._client.list(self._below(key))
-        if not here.objects and not here.prefixes:
+        if not here.objects and not here.prefixes and not self._is_made(key):
             raise self._missing(key)
         return max((item.modified_unix_s for item in here.objects), default=0.0)
 

@@ -137,7 +137,7 @@ def write_shard_file(
     Raises `StorageError` and its kin; then the attempt is condemned and the files must not be used.
     """
     failpoint.reach("before_shard_write")
-    writer = storage.create_file(f"{directory}/{name}", is_large=source.size >= DIRECT_BYTES_MIN)
+    writer = storage.create_file(f"{directory}/{name}", is_large=source.size >= DIRECT_BYTES_MIN, size=source.size)
     try:
         sums = _Pass(source, pool.ring, on_bytes, writer).run(pool.workers)
         failpoint.reach("after_shard_write")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from dckpt.errors import ConfigError
-from dckpt.storage.opening import SCHEMES
+from dckpt.storage.opening import SCHEMES, split_url
 
 
 def is_storage_url(url: str) -> bool:
@@ -16,15 +16,10 @@ def is_storage_url(url: str) -> bool:
 
 def split_checkpoint_url(url: str) -> tuple[str, str]:
     """(root, name) of the checkpoint directory `url`; the root is where attempts are staged and renamed from."""
-    # Options of a store stay with the root; a path may hold a question mark.
-    place, mark, options = url.partition("?") if "://" in url else (url, "", "")
-    place = place.rstrip("/")
-    if "://" not in place:
-        place = os.path.abspath(place)
-    root, _, name = place.rpartition("/")
-    if not name or name.startswith(".") or not root or root.endswith(":/"):
+    root, name = split_url(url if "://" in url else os.path.abspath(url.rstrip("/")))
+    if not name or name.startswith(".") or not root:
         raise ConfigError(
             f"Checkpoint {url!r}: expected the path of a directory whose name does not start with a dot, such as "
             "runs/gpt/step-100."
         )
-    return root + mark + options, name
+    return root, name

@@ -166,12 +166,13 @@ class Storage(Protocol):
         """The directory exists, with those above it. Durable once its own directory is synced."""
         ...
 
-    def create_file(self, key: str, *, is_large: bool = False) -> FileWriter:
+    def create_file(self, key: str, *, is_large: bool = False, size: int | None = None) -> FileWriter:
         """A new file, exclusively; `KeyExistsError` if the name is taken. Its directory must exist.
 
         Where nothing but a small object can be created exclusively, a name that is taken while a large one is being written is
         not noticed: names below an attempt are nobody else's.
         `is_large`: worth going around the page cache where the storage can. Takes the same calls either way.
+        `size`: the bytes that it will have, where they are known; a very large file may be refused without.
         """
         ...
 

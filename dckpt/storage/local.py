@@ -225,7 +225,7 @@ class LocalStorage:
             path = f"{path}/{part}"
             self._mkdir(path)
 
-    def create_file(self, key: str, *, is_large: bool = False) -> LocalWriter:
+    def create_file(self, key: str, *, is_large: bool = False, size: int | None = None) -> LocalWriter:  # noqa: ARG002
         return LocalWriter(self._posix, self._path(check_key(key)), is_large=is_large and not self._is_in_memory())
 
     def link(self, source: str, target: str) -> bool:

@@ -14,6 +14,7 @@ protocol between a commit and a sweep.
 from __future__ import annotations
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlencode
 
 from dckpt import failpoint
@@ -25,6 +26,8 @@ from dckpt.storage.object_file import PART_BYTES, ObjectReader, ObjectWriter
 from dckpt.storage.object_staging import ATTEMPT, MARKER_NAME, StagedAttempts, is_staging
 
 _STAGED_FILE = re.compile(rf"((?:.*/)?{re.escape(STAGING_PREFIX)}({ATTEMPT}))/\2(/.*)?")
+
+_LISTINGS_AT_ONCE = 8
 
 
 class ObjectStorage:
@@ -104,9 +107,9 @@ class ObjectStorage:
             raise self._missing(key)
         if key and _is_uncommitted(found, prefix):
             raise self._missing(key)
-        directories: set[str] = set()
-        for below in found.prefixes:
-            directories.update(self._shown(key, below[len(prefix) : -1], below))
+        with ThreadPoolExecutor(_LISTINGS_AT_ONCE) as threads:
+            shown = threads.map(lambda below: self._shown(key, below[len(prefix) : -1], below), found.prefixes)
+            directories = set().union(*shown)
         entries = [*_files(found, prefix), *(Entry(name, True, 0) for name in directories)]
         return sorted(entries, key=lambda entry: entry.name)
 
@@ -129,11 +132,13 @@ class ObjectStorage:
         else:
             self._client.put(self._below(key) + MARKER_NAME, b"")
 
-    def create_file(self, key: str, *, is_large: bool = False) -> ObjectWriter:  # noqa: ARG002 (size tells)
+    def create_file(self, key: str, *, is_large: bool = False, size: int | None = None) -> ObjectWriter:  # noqa: ARG002 (size tells)
         place = self._key(check_key(key))
         self._ensure_dir(parent_key(key))
         self._ensure_free(place)
-        return ObjectWriter(self._client, place, self._creator.create, part_bytes=self._part_bytes)
+        # As many segments a part as it takes to stay below the store's number of parts.
+        segments = -(-(size or 1) // (self._part_bytes * self._client.parts_max))
+        return ObjectWriter(self._client, place, self._creator.create, part_bytes=self._part_bytes * segments)
 
     def link(self, source: str, target: str) -> bool:
         found = self._find(source)

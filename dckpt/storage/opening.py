@@ -54,6 +54,13 @@ def open_storage(url: str | os.PathLike[str], *, processes: int = 1) -> Storage:
     return LocalStorage(unquote(parts.path))
 
 
+def split_url(url: str) -> tuple[str, str]:
+    """(URL of the directory above, name) of a path or URL; options of a store stay with the first. No name: '' there."""
+    place, mark, options = url.partition("?") if "://" in url else (url, "", "")
+    parent, _, name = place.rstrip("/").rpartition("/")
+    return (parent + mark + options, name) if not parent.endswith(":/") else (url, "")
+
+
 def _open_memory(text: str, processes: int) -> Storage:
     if processes > 1:
         raise ConfigError(

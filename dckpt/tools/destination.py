@@ -23,7 +23,7 @@ from dckpt.format.layout import (
 )
 from dckpt.format.manifest import Manifest
 from dckpt.storage.base import TEMPORARY_PREFIX, Storage
-from dckpt.storage.opening import open_storage
+from dckpt.storage.opening import open_storage, split_url
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +135,7 @@ def _same_run(storage: Storage, manifest: Manifest, sha256: str) -> Destination:
 
 def _ensure_free(storage: Storage) -> None:
     """Nothing is there but what a reshard that was killed left behind."""
-    name = storage.url.rstrip("/").rpartition("/")[2]
+    name = split_url(storage.url)[1]
     if parse_checkpoint_name(name) is not None or name == GENERATIONS_DIR:
         raise ConfigError(
             f"DST {storage.url}: expected the directory of a run, found a part of one. Choose another place."

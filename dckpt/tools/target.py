@@ -9,7 +9,7 @@ from dckpt.catalog.catalog import Catalog
 from dckpt.errors import CheckpointNotFoundError
 from dckpt.format.layout import MANIFEST_NAME, parse_checkpoint_name
 from dckpt.storage.base import Entry, Storage
-from dckpt.storage.opening import open_storage
+from dckpt.storage.opening import open_storage, split_url
 
 _WITH_STEP = re.compile(r"(?P<place>.+)@(?P<step>latest|\d+|step-[0-9a-z.-]+)")
 
@@ -51,7 +51,7 @@ def open_target(text: str) -> Target:
     storage = open_storage(text)
     entries = _list_root(storage)
     # By its name too: a checkpoint that lost its manifest must be reported as such, not as a mistyped path.
-    has_name = parse_checkpoint_name(storage.url.rpartition("/")[2]) is not None
+    has_name = parse_checkpoint_name(split_url(storage.url)[1]) is not None
     if has_name or any(entry.name == MANIFEST_NAME for entry in entries):
         return _open_checkpoint(storage)
     if _is_run(entries):
@@ -64,7 +64,7 @@ def open_target(text: str) -> Target:
 
 def _open_checkpoint(inside: Storage) -> Target:
     """Keys of a checkpoint begin with its name, so its parent directory is the storage, run or not."""
-    parent, _, name = inside.url.rstrip("/").rpartition("/")
+    parent, name = split_url(inside.url)
     storage = open_storage(parent or "/")
     is_run = parse_checkpoint_name(name) is not None and _is_run(_list_root(storage))
     return Target(storage, is_run=is_run, checkpoint=name)

@@ -81,6 +81,21 @@ def test_urls_without_a_name_or_with_tricks_are_refused(url: str):
         open_storage(url)
 
 
+def test_a_file_that_needs_more_parts_than_there_may_be_gets_larger_ones(monkeypatch: pytest.MonkeyPatch):
+    client = MemoryClient("limits")
+    monkeypatch.setattr(client, "parts_max", 3)
+    sent: list[int] = []
+    put_part = client.put_part
+    monkeypatch.setattr(client, "put_part", lambda *part: (sent.append(len(part[3])), put_part(*part))[1])
+    storage = ObjectStorage(client, "run", url="memory://limits/run", part_bytes=1000)
+    writer = storage.create_file("file", size=4500)
+    writer.write_at(0, memoryview(bytes(4500)))
+    writer.finish(4500)
+
+    assert sent == [2000, 2000, 500]
+    assert storage.size("file") == 4500
+
+
 def test_a_file_of_many_parts_is_whole_and_an_abandoned_one_leaves_nothing():
     client = MemoryClient("parts")
     storage = ObjectStorage(client, "run", url="memory://parts/run", part_bytes=1000)

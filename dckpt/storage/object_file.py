@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Sequence
 from types import TracebackType
 
-from dckpt.errors import CorruptCheckpointError, StorageError
+from dckpt.errors import CorruptCheckpointError, StorageError, StorageMissingError
 from dckpt.storage.object_client import ObjectClient, StoredObject
 from dckpt.storage.object_create import quietly
 
@@ -133,7 +133,7 @@ class ObjectWriter:
                     if number * self._part_bytes < size:
                         del part.data[size - number * self._part_bytes :]
                         self._send(number, part)
-                self._client.complete_upload(self._key, self._upload, self._tags)
+                self._complete(self._upload, size)
                 self._upload = None
         except StorageError:
             self.abandon()
@@ -174,6 +174,16 @@ class ObjectWriter:
         tag = self._client.put_part(self._key, upload, number + 1, part.data)
         with self._lock:
             self._tags[number + 1] = tag
+
+    def _complete(self, upload: str, size: int) -> None:
+        try:
+            self._client.complete_upload(self._key, upload, self._tags)
+        except StorageMissingError:
+            # A request whose answer was lost has completed it, and a repeated one finds no upload any more. The name is
+            # this attempt's alone, so what has it is this file.
+            found = self._client.head(self._key)
+            if found is None or found.size != size:
+                raise
 
     def _ensure_whole(self, size: int) -> None:
         """Every byte before `size` was written; what was written behind it is cut off, unless it was sent already."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Mapping
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
 import dckpt
-from dckpt.errors import ConfigError
+from dckpt.errors import ConfigError, StorageMissingError
 from dckpt.storage.memory import MemoryClient, memory_client
 from dckpt.storage.object_store import ObjectStorage
 from dckpt.storage.opening import open_storage
@@ -113,3 +114,33 @@ def test_a_file_of_many_parts_is_whole_and_an_abandoned_one_leaves_nothing():
     assert storage.read_bytes("file", limit=len(data)) == data
     assert client.abort_uploads("") == 0
     assert [entry.name for entry in storage.list_dir()] == ["file"]
+
+
+class Forgetful(MemoryClient):
+    """A store that loses its answer to the last request of an upload; the repeated one finds no upload any more."""
+
+    def __init__(self, *, arrives: bool) -> None:
+        super().__init__("forgetful")
+        self.arrives = arrives
+
+    def complete_upload(self, key: str, upload: str, tags: Mapping[int, str]) -> None:
+        if self.arrives:
+            super().complete_upload(key, upload, tags)
+        self.abort_upload(key, upload)
+        super().complete_upload(key, upload, tags)
+
+
+@pytest.mark.parametrize("arrives", [True, False])
+def test_an_upload_whose_last_answer_was_lost_is_a_file_if_it_is_there(arrives: bool):
+    storage = ObjectStorage(Forgetful(arrives=arrives), "run", url="memory://forgetful/run", part_bytes=10)
+    storage.ensure_root()
+    writer = storage.create_file("file")
+    writer.write_at(0, memoryview(b"x" * 25))
+
+    if arrives:
+        writer.finish(25)
+        assert storage.read_bytes("file", limit=25) == b"x" * 25
+    else:
+        with pytest.raises(StorageMissingError):
+            writer.finish(25)
+        assert storage.list_dir() == []

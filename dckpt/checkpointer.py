@@ -251,8 +251,11 @@ class Checkpointer(RunHistory):
         self._ensure_open()
         self._ensure_not_poisoned()
         started = time.monotonic()
-        facts = {**self._follower.facts, **self._validation.probe_facts(state)}
-        request = save_request(state, step, metrics or {}, gradients, is_blocking=blocking, facts=facts)
+        probed, failure = self._validation.probe_facts(state)
+        facts = {**self._follower.facts, **probed}
+        request = save_request(
+            state, step, metrics or {}, gradients, is_blocking=blocking, facts=facts, failure=failure
+        )
         self._follower.saving(state)
         last = self._last
         if last is not None and last.is_same_step(request):
@@ -468,6 +471,7 @@ class Checkpointer(RunHistory):
         )
         self._saver.committer.adopt(result.checkpoint, result.manifest.files)
         note_streams(state, result, self._topology.world_size)
+        self._follower.loaded(result)
         self._cadence.reset()
         self._is_over, self._is_joined = False, True
         self._last = loaded_as_saved(state, loaded, is_resume=reason != "load")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import select
 import sys
 import time
+from collections.abc import Callable
 from typing import IO
 
 from dckpt.resume.report import ResumeReport
@@ -22,9 +23,16 @@ def has_person(stdin: IO[str] | None = None, stderr: IO[str] | None = None) -> b
 
 
 def ask_to_go_on(
-    report: ResumeReport, seconds: float, stdin: IO[str] | None = None, stderr: IO[str] | None = None
+    report: ResumeReport,
+    seconds: float,
+    stdin: IO[str] | None = None,
+    stderr: IO[str] | None = None,
+    on_tick: Callable[[], None] = lambda: None,
 ) -> bool:
-    """Counts down visibly; True if `y` was entered. Ctrl-C stops at once; without an answer it is False."""
+    """Counts down visibly; True if `y` was entered. Ctrl-C stops at once; without an answer it is False.
+
+    on_tick: called several times a second, so that whoever waits knows that nobody hangs.
+    """
     source, target = stdin or sys.stdin, stderr or sys.stderr
     names = ", ".join(dict.fromkeys(finding.check for finding in report.critical))
     print(f"{report.text()}\nCritical: {names}. Enter y to go on all the same; Ctrl-C stops.", file=target)
@@ -34,6 +42,7 @@ def ask_to_go_on(
         if int(left) + 1 != shown:
             shown = int(left) + 1
             print(f"\rStopping in {shown} s ", end="", file=target, flush=True)
+        on_tick()
         ready, _, _ = select.select([source], [], [], min(TICK_S, left))
         if ready:
             line = source.readline()

@@ -25,6 +25,7 @@ class Follower:
     def __init__(self, directory: str | None, topology: Topology) -> None:
         self.facts: dict[str, Any] = {}
         self._topology = topology
+        self._has_told_mode = False
         self._watch: FirstSteps | None = None
         if directory is not None:
             ensure_installed()
@@ -32,9 +33,15 @@ class Follower:
         if directory is not None and topology.is_coordinator:
             try:
                 self._events = EventLog(directory)
-            except OSError as error:
+            except Exception as error:  # noqa: BLE001 - a broken installation raises what it likes
                 # This rank alone knows of it, and the others are about to meet it.
                 log.warning("no TensorBoard events: %s", error)
+
+    def loaded(self, loaded: LoadResult) -> None:
+        """The state is that of another checkpoint now: what its manifest says of the run holds on."""
+        rows = loaded.manifest.facts.get("frozen_rows")
+        self.facts = {"frozen_rows": rows} if rows else {}
+        self._watch = None
 
     def resumed(self, state: TrainState, loaded: LoadResult, report: ResumeReport, facts: dict[str, Any]) -> None:
         """Training goes on from `loaded`."""
@@ -58,6 +65,15 @@ class Follower:
 
     def saving(self, state: TrainState) -> None:
         """A checkpoint is about to be taken, which fetches the losses from the device anyway."""
+        if not self._has_told_mode and self._topology.is_coordinator:
+            evaluating = [prefix.removesuffix(".") for prefix, model in state.models().items() if not model.training]
+            if evaluating:
+                self._has_told_mode = True
+                log.warning(
+                    "saving with the model%s in eval mode: is it trained so, or did a validation end early? Evaluate inside "
+                    "dckpt.evaluating(model).",
+                    f" {evaluating[0]}" if evaluating[0] else "",
+                )
         if state.progress is not None:
             self._write(lambda events: events.write_losses(state.progress.loss_history))
 

@@ -92,6 +92,7 @@ class SaveRequest:
     micro_step: int
     metrics: Mapping[str, float]
     refusal: ConfigError | None = None  # why this rank cannot save; all ranks raise it together
+    failure: Exception | None = None  # what went wrong on this rank before: all ranks have a failed save
     stores_gradients: bool = False  # in the middle of an accumulation
     facts: Mapping[str, Any] = field(default_factory=dict)  # what the manifest says besides the facts of the state
     is_blocking: bool = False  # the caller waits for the outcome: the state needs no image

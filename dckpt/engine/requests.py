@@ -19,8 +19,12 @@ def save_request(
     *,
     is_blocking: bool,
     facts: Mapping[str, Any],
+    failure: Exception | None = None,
 ) -> SaveRequest:
-    """The request of `Checkpointer.save`; `facts` go into the manifest beside those of the state."""
+    """The request of `Checkpointer.save`; `facts` go into the manifest beside those of the state.
+
+    failure: why this rank cannot save; it becomes a failed save on all of them.
+    """
     ensure_choice("gradients", gradients, ("store", "drop"), of="Checkpointer.save")
     progress = state.progress
     if step is None:
@@ -37,4 +41,5 @@ def save_request(
         stores_gradients=micro_step > 0 and gradients == "store",
         is_blocking=is_blocking,
         facts=facts,
+        failure=failure,
     )

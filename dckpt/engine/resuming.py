@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from typing import Any
@@ -52,7 +53,8 @@ def decide(
     session = coordination.session(f"decide-{number}", what="decision about critical findings", call="resume(state)")
 
     def ask(_: list[bytes]) -> bytes:
-        goes_on = has_person() and ask_to_go_on(report, countdown_s)
+        ticks = itertools.count(1)
+        goes_on = has_person() and ask_to_go_on(report, countdown_s, on_tick=lambda: session.beat(next(ticks)))
         return b"1" if goes_on else b"0"
 
     try:

@@ -305,6 +305,8 @@ class Saver:
         try:
             if request.refusal is not None:
                 raise request.refusal
+            if request.failure is not None:
+                raise request.failure
             failpoint.reach("before_plan")
             captured = state.capture(gradients=request.stores_gradients)
             return describe_state(captured, self._agreement.described, world_size=self._topology.world_size), None

@@ -22,6 +22,7 @@ from dckpt.ranks.session import Session
 from dckpt.ranks.topology import Topology
 from dckpt.resume.checks.registry import CHANGED_BY_A_LEG, CHANGED_BY_A_SCHEDULE
 from dckpt.resume.facts.collect import FactCollector
+from dckpt.resume.facts.plain import finite
 from dckpt.resume.facts.ranks import moved_streams, rank_facts
 from dckpt.resume.facts.tensors import average_is_weights
 from dckpt.resume.probe import Probe
@@ -71,6 +72,7 @@ class Validation:
                 lambda told: self._judge(
                     loaded, ranks, current, {**load, "ema_equals_weights": _all_true(told)}, (allowed, without), started
                 ),
+                error=load["failure"],
             )
         finally:
             session.close()
@@ -94,6 +96,8 @@ class Validation:
         without: frozenset[str] = frozenset()
         if leg is not None and loaded.begins_leg:
             without = CHANGED_BY_A_LEG | (CHANGED_BY_A_SCHEDULE if leg.scheduler == "fresh" else frozenset())
+            if _is_split_of_same_data(loaded.manifest.facts, state):
+                without -= {"split"}
         report = self.run(state, loaded, allowed=allowed, without=without)
         if self.topology.is_coordinator:
             log_report(report)
@@ -116,7 +120,7 @@ class Validation:
             with preserved_rng(state.generators):
                 captured = state.capture()
                 current = self.collector.collect(state, captured)
-                own = {**rank_facts(state, captured, loaded, current["model"]), "moved_streams": moved}
+                own = finite({**rank_facts(state, captured, loaded, current), "moved_streams": moved})
                 own["settings"] = {name: current[name] for name in SETTINGS if name in current}
         except Exception as error:  # noqa: BLE001 - it travels to all ranks, which raise it together
             failure = error
@@ -131,9 +135,15 @@ class Validation:
             }
             return dump_json({rank: names for rank, names in wanted.items() if names})
 
-        brief = {name: value for name, value in own.items() if name not in SHARED_SECTIONS}
-        brief["digests"] = {name: digest_bytes(dump_json(own.get(name))) for name in SHARED_SECTIONS}
-        wanted = _parse(session.exchange("facts", dump_json(brief, limit=MESSAGE_BYTES_MAX), compare, error=failure))
+        payload = b""
+        if failure is None:
+            try:
+                brief = {name: value for name, value in own.items() if name not in SHARED_SECTIONS}
+                brief["digests"] = {name: digest_bytes(dump_json(own.get(name))) for name in SHARED_SECTIONS}
+                payload = dump_json(brief, limit=MESSAGE_BYTES_MAX)
+            except Exception as error:  # noqa: BLE001 - as above
+                failure = error
+        wanted = _parse(session.exchange("facts", payload, compare, error=failure))
         if wanted:
             mine = {name: own[name] for name in wanted.get(str(self.topology.rank), ())}
 
@@ -170,6 +180,16 @@ class Validation:
         found["frozen_rows"] = self.frozen_rows(state, session)
         if loaded.fingerprints is not None:
             found["same_mesh"] = loaded.fingerprints.is_same_mesh
+        found["failure"] = None
+        try:
+            found |= self._ask_program(state, loaded)
+        except Exception as error:  # noqa: BLE001 - the user's own functions; it travels with the verdict
+            found["failure"] = error
+        return found
+
+    def _ask_program(self, state: TrainState, loaded: LoadResult) -> dict[str, Any]:
+        """What calls functions of the user's: the probe's loss, and learning rates of the schedule as it was built."""
+        found: dict[str, Any] = {}
         if self.probe is not None:
             found["probe"] = self.probe.measure(state)
         built = loaded.built
@@ -177,7 +197,8 @@ class Validation:
             counters = {
                 key: item.get("last_epoch") for key, item in (loaded.manifest.facts.get("scheduler") or {}).items()
             }
-            found["planned_rates"] = built.planned_rates(counters)
+            with preserved_rng(state.generators):
+                found["planned_rates"] = built.planned_rates(counters)
         return found
 
     def frozen_rows(self, state: TrainState, session: Session) -> dict[str, Any]:
@@ -200,9 +221,15 @@ class Validation:
         )
         return {name: {"rows": list(state.frozen_rows[name]), **item} for name, item in found.items()}
 
-    def probe_facts(self, state: TrainState) -> dict[str, Any]:
-        """The loss of the probe batch now, for the checkpoint that is about to be saved; {} without a probe."""
-        return {} if self.probe is None else {"probe": self.probe.measure(state)}
+    def probe_facts(self, state: TrainState) -> tuple[dict[str, Any], Exception | None]:
+        """The loss of the probe batch now, for the checkpoint that is about to be saved; {} without a probe.
+
+        What fails is given back: it must reach the other ranks, which are about to agree on the save.
+        """
+        try:
+            return {} if self.probe is None else {"probe": self.probe.measure(state)}, None
+        except Exception as error:  # noqa: BLE001 - see above
+            return {}, error
 
     def start_facts(self, state: TrainState) -> dict[str, Any]:
         """What manifests say from the first save of a new run on."""
@@ -284,6 +311,14 @@ def _read_only(storage: Storage) -> str:
     except DckptError as error:
         return str(error)
     return ""
+
+
+def _is_split_of_same_data(saved: Mapping[str, Any], state: TrainState) -> bool:
+    """A new leg on as many items as before: another split of them would validate on what was trained on."""
+    before, now = (saved.get("user") or {}).get("split"), state.facts.get("split")
+    if not isinstance(before, Mapping) or not isinstance(now, Mapping):
+        return False
+    return before.get("size") is not None and before.get("size") == now.get("size")
 
 
 def _without_moments(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

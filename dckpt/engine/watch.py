@@ -23,8 +23,9 @@ class FirstSteps:
         progress = state.progress
         self._begin = progress.step
         self._before = [loss for step, loss in progress.loss_history if step > progress.legs[-1].step]
-        self._rate = _rate_of(loaded.manifest.facts)
-        self._samples = progress.batch_history[-1][1] if progress.batch_history else None
+        # A schedule that was restored moves the rate as planned; the report has compared it.
+        self._rate = None if loaded.manifest.facts.get("scheduler") else _rate_of(loaded.manifest.facts)
+        self._samples = _samples_of_a_step(state)
         self._rates: list[float] = []
         self._told: set[str] = set()
         self.findings: list[Finding] = []
@@ -41,7 +42,7 @@ class FirstSteps:
             return
         progress = state.progress
         after = [loss for step, loss in progress.loss_history if step > self._begin]
-        samples = progress.batch_history[-1][1] if progress.batch_history else None
+        samples = _samples_of_a_step(state)
         found = check_first_steps(
             self._before, after, rates=self._rates, saved_rate=self._rate, samples=samples, saved_samples=self._samples
         )
@@ -50,7 +51,13 @@ class FirstSteps:
                 self._told.add(finding.expected)
                 self.findings.append(finding)
                 if is_told:
-                    log.warning("%s [%s] %s", finding.severity, finding.check, finding.message)
+                    log.warning("[%s] %s", finding.check, finding.message)
+
+
+def _samples_of_a_step(state: TrainState) -> int | None:
+    """Where no batch is stated: with one, the report has compared it, and a short last step of an epoch is no change."""
+    progress = state.progress
+    return progress.batch_history[-1][1] if progress.batch is None and progress.batch_history else None
 
 
 def rate_of_first_group(state: TrainState) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,5 +29,12 @@ class BuiltRun:
 
 def describe_built(state: TrainState, collector: FactCollector) -> BuiltRun:
     """Taken before a load; changes nothing."""
-    schedules = {key: copy_schedule(scheduler) for key, scheduler in by_key(state.scheduler).items()}
+    live = by_key(state.scheduler)
+    # Two schedules of one optimizer make its rate together: what one of them alone would give says nothing.
+    owners = Counter(id(getattr(scheduler, "optimizer", None)) for scheduler in live.values())
+    schedules = {
+        key: copy_schedule(scheduler)
+        for key, scheduler in live.items()
+        if owners[id(getattr(scheduler, "optimizer", None))] == 1
+    }
     return BuiltRun(collector.collect(state), {key: copy for key, copy in schedules.items() if copy is not None})

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_flatten
 
 from dckpt.errors import ConfigError
 from dckpt.format.checksum import digest_bytes
+from dckpt.resume.facts.plain import finite
 from dckpt.state.evaluating import evaluating
 from dckpt.state.gradients import parameters_by_name
 from dckpt.state.rng import preserved_rng
@@ -38,7 +39,7 @@ class Probe:
             with torch.no_grad():
                 loss = self._number(self.loss(self.batch))
             norm = self._gradient_norm(state) if self.gradient else None
-        return {"loss": loss, "gradient_norm": norm, "batch": self.digest()}
+        return finite({"loss": loss, "gradient_norm": norm, "batch": self.digest()})  # type: ignore[no-any-return]
 
     def digest(self) -> str:
         """Of the batch's tensors and values."""

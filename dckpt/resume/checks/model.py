@@ -21,9 +21,21 @@ def check_train_mode(evidence: Evidence) -> Iterator[Finding]:
         return
     sensitive = {name for name, _ in get(evidence.saved, "model.dropout.modules") or ()}
     sensitive |= set(get(evidence.saved, "model.batch_norms.names") or ())
+    was_evaluating = _flags(saved).get("", True) is False
     for rank, modes in each_rank(evidence, "modes"):
         if modes == saved:
             continue
+        if was_evaluating and _flags(modes) == {"": True}:
+            yield finding(
+                "train_mode",
+                "warning",
+                "the checkpoint was saved in eval mode, probably after a validation that failed, and the model trains now: the "
+                "steps before the save had no dropout, and BatchNorm stood still",
+                expected="eval mode",
+                found="training mode",
+                remedy="go on; evaluate inside dckpt.evaluating(model), which puts each mode back whatever happens",
+            )
+            return
         old, new = _flags(saved), _flags(modes)
         changed = sorted(name for name in {**old, **new} if old.get(name) != new.get(name))
         hits = [name for name in sensitive if _mode_of(name, old) != _mode_of(name, new)]
@@ -36,11 +48,11 @@ def check_train_mode(evidence: Evidence) -> Iterator[Finding]:
             + (f": {len(hits)} dropout or BatchNorm layers work differently" if hits else ""),
             expected=_mode_text(old),
             found=_mode_text(new),
-            remedy="call model.train() (or put the frozen parts back into eval mode) after resume(), and evaluate "
+            remedy="call model.train() (or put the frozen parts back into eval mode) before resume(), and evaluate "
             "inside dckpt.evaluating(model)",
         )
         return
-    if get(evidence.saved, "model.modes") and _flags(saved).get("", True) is False:
+    if was_evaluating:
         yield finding(
             "train_mode",
             "warning",

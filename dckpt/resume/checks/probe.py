@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterator, Sequence
 
 from dckpt.findings import Finding, Severity
@@ -34,15 +35,22 @@ def check_probe(evidence: Evidence) -> Iterator[Finding]:
         evidence.current, "precision"
     )
     yield from _compare("probe_loss", "loss", float(saved["loss"]), float(now["loss"]), STRICT if is_strict else GROSS)
-    if saved.get("gradient_norm") is not None and now.get("gradient_norm") is not None:
-        yield from _compare(
-            "probe_gradient", "gradient norm", float(saved["gradient_norm"]), float(now["gradient_norm"]), GRADIENT
-        )
+    if (saved.get("gradient_norm") is None) != (now.get("gradient_norm") is None):
+        why = "the gradient norm of the probe is known on one side only: gradients were held when it was measured"
+        yield not_checked("probe_gradient", why, "call zero_grad() after optimizer.step(), before the save")
+    elif saved.get("gradient_norm") is not None:
+        before, after = float(saved["gradient_norm"]), float(now["gradient_norm"])
+        yield from _compare("probe_gradient", "gradient norm", before, after, GRADIENT)
 
 
 def _compare(
     check: str, what: str, expected: float, found: float, tiers: Sequence[tuple[float, str]]
 ) -> Iterator[Finding]:
+    if not math.isfinite(expected):
+        yield not_checked(
+            check, f"the {what} of the probe batch was {expected} when saved", "choose a batch with a finite loss"
+        )
+        return
     off = relative(found, expected) if math.isfinite(found) else math.inf
     for limit, severity in tiers:
         if off > limit:
@@ -90,14 +98,16 @@ def check_first_steps(
         # A loss that falls along a curve lies above its line in the end, and single losses jump: what happened
         # shortly before is no alarm now.
         limit = max(level + SIGMAS * spread, max(base[-RECENT:]) + SIGMAS / 2 * spread)
-        if max(after) > limit:
+        # The middle of them: one batch of outliers is no spike, and what lost moments do lasts.
+        now = statistics.median(after)
+        if now > limit:
             yield finding(
                 "first_steps",
                 "warning",
-                f"the loss rose to {max(after):.4g} within {len(after)} steps of the resume; before it, it was {level:.4g} "
+                f"the loss rose to {now:.4g} within {len(after)} steps of the resume; before it, it was {level:.4g} "
                 f"and moved by {spread:.3g}",
                 expected=f"at most {limit:.4g}",
-                found=max(after),
+                found=now,
                 remedy="stop, and look at the resume report: lost moments, another learning rate or other data do this",
             )
     if samples is not None and saved_samples is not None and samples != saved_samples:

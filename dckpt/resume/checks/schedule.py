@@ -52,16 +52,23 @@ def check_param_groups(evidence: Evidence) -> Iterator[Finding]:
                 remedy="build the groups as they were; states were matched by name, options by group",
             )
             continue
-        yield from _options_asked_for(key, old["groups"], new["groups"])
+        yield from _options_asked_for(key, old["groups"], new["groups"], _moved_by_schedules(evidence))
 
 
-def _options_asked_for(key: str, old: list[Any], new: list[Any]) -> Iterator[Finding]:
+def _moved_by_schedules(evidence: Evidence) -> tuple[str, ...]:
+    """Options that a schedule moves beside the learning rate."""
+    schedules = (get(evidence.saved, "scheduler") or {}).values()
+    cycles = any(schedule.get("horizon", {}).get("cycle_momentum") for schedule in schedules)
+    return ("betas", "momentum") if cycles else ()
+
+
+def _options_asked_for(key: str, old: list[Any], new: list[Any], moved: tuple[str, ...]) -> Iterator[Finding]:
     for number, (before, now) in enumerate(zip(old, new, strict=True)):
         changed = [
             f"{name}={now['options'][name]} (saved {before['options'][name]})"
             for name in before["options"]
             if name in now["options"]
-            and name not in (*_RATES, *_HOW)
+            and name not in (*_RATES, *_HOW, *moved)
             and not _same(before["options"][name], now["options"][name])
         ]
         if changed:
@@ -137,7 +144,7 @@ def check_optimizer_steps(evidence: Evidence) -> Iterator[Finding]:
             counters = sorted({int(float(count)) for group in groups for count in group if _is_number(count)})
             # Equal to what was saved they are right: steps skipped by a scaler, several steps of one optimizer for one of
             # the other, an optimizer that was built later than the run.
-            is_as_saved = old == groups
+            is_as_saved = old == groups or not any(old or ())  # a counter on a device is not read while saving
             if counters and step is not None and counters[-1] != step:
                 yield finding(
                     "optimizer_steps",
@@ -174,10 +181,21 @@ def check_learning_rate(evidence: Evidence) -> Iterator[Finding]:
             believed = schedule.get(key, {}).get("last_lr") if key in schedule else None
             if believed is None and len(live) == 1 and len(schedule) == 1:
                 believed = next(iter(schedule.values())).get("last_lr")
-            if believed is not None and len(believed) == len(rates):
+            if believed is not None and len(believed) == len(rates) and not _sets_rates_itself(evidence, key):
                 yield from _compare_rates(f"optimizer{_label(key)} on rank {rank}", "of the scheduler", believed, rates)
     if not saved and "optim" in (evidence.checkpoint.get("parts") or ()):
         yield not_checked("learning_rate", "the saved learning rates are not known", "nothing to do")
+
+
+def _sets_rates_itself(evidence: Evidence, key: str) -> bool:
+    """Whether the rate was not the scheduler's when it was saved: a loop that warms it up by hand, say."""
+    groups = get(evidence.saved, "optim") or {}
+    schedules = get(evidence.saved, "scheduler") or {}
+    schedule = schedules.get(key) or (next(iter(schedules.values())) if len(schedules) == 1 else {})
+    rates = [group["options"].get("lr") for group in groups.get(key, {}).get("groups", [])]
+    believed = schedule.get("last_lr") or []
+    numbers = [(a, b) for a, b in zip(rates, believed, strict=False) if isinstance(a, float) and isinstance(b, float)]
+    return any(relative(a, b) > SERIOUS for a, b in numbers)
 
 
 def _compare_rates(what: str, source: str, expected: list[Any], found: list[Any]) -> Iterator[Finding]:

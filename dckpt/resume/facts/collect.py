@@ -7,19 +7,20 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from dckpt.errors import DckptError
+from dckpt.errors import ConfigError
 from dckpt.format.checksum import digest_bytes
 from dckpt.format.values import encode_value
 from dckpt.resume.facts.code import code_facts
 from dckpt.resume.facts.environment import library_facts, precision_facts, world_facts
 from dckpt.resume.facts.model import ModelFacts
+from dckpt.resume.facts.plain import finite
 from dckpt.resume.facts.training import (
     by_key,
     optimizer_facts,
     plain_number,
     scaler_facts,
-    scheduler_facts,
     step_counters,
+    untouched_scheduler_facts,
 )
 from dckpt.state.naming import DTYPE_NAMES
 from dckpt.state.records import Captured
@@ -51,7 +52,7 @@ class FactCollector:
             "world": lambda: world_facts(state.mesh, self._world_size),
             "model": lambda: self._models.collect(models),
             "optim": lambda: optimizer_facts(optimizers),
-            "scheduler": lambda: scheduler_facts(state),
+            "scheduler": lambda: untouched_scheduler_facts(state),
             "scaler": lambda: scaler_facts(state),
             "steps": lambda: {key: step_counters(found.optimizer, may_wait=False) for key, found in optimizers.items()},
             "data": lambda: data_facts(state),
@@ -67,14 +68,20 @@ class FactCollector:
 
     def _section(self, name: str, collect: Callable[[], Any]) -> Any:
         try:
-            return collect()
-        except DckptError:
-            raise
-        except Exception as error:  # noqa: BLE001 - the user's objects may answer anything; the save matters more
-            if name not in self._told:
-                self._told.add(name)
-                log.warning("facts about %s are not recorded: %s: %s", name, type(error).__name__, error)
+            return finite(collect())
+        except ConfigError:
+            if name == "user":  # the caller's own values, which the caller wants to be saved
+                raise
+            self._tell(name, "no plain values")
             return None
+        except Exception as error:  # noqa: BLE001 - the user's objects may answer anything; the save matters more
+            self._tell(name, f"{type(error).__name__}: {error}")
+            return None
+
+    def _tell(self, name: str, why: str) -> None:
+        if name not in self._told:
+            self._told.add(name)
+            log.warning("facts about %s are not recorded: %s", name, why)
 
 
 def _batch(state: TrainState) -> dict[str, int] | None:
@@ -103,8 +110,9 @@ def data_facts(state: TrainState) -> dict[str, Any]:
     found = {}
     for key, item in by_key(state.data).items():
         tell = getattr(item, "facts", None)
-        if callable(tell):
-            found[key] = encode_value(tell(), path=f"data[{key!r}].facts()")
+        told = tell() if callable(tell) else None
+        if isinstance(told, Mapping):  # anything else is a method of that name with another meaning
+            found[key] = encode_value(dict(told), path=f"data[{key!r}].facts()")
     return found
 
 

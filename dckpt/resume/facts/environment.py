@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import platform
 from collections.abc import Mapping
 from typing import Any
@@ -26,14 +25,14 @@ def writer_versions() -> dict[str, str]:
     }
 
 
-@functools.cache
 def library_facts() -> dict[str, str]:
     """Versions of what computes, and the device's architecture; what is not there is left out."""
     found = {**writer_versions(), "cuda": torch.version.cuda or ""}
     if torch.cuda.is_available():
         found["cudnn"] = str(torch.backends.cudnn.version() or "")  # type: ignore[no-untyped-call]
         found["nccl"] = ".".join(str(part) for part in torch.cuda.nccl.version())  # type: ignore[no-untyped-call]
-        found["gpu"] = torch.cuda.get_device_name()
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            found["gpu"] = torch.cuda.get_device_name()  # asking would start CUDA in a process that does not use it
     return {name: value for name, value in found.items() if value}
 
 

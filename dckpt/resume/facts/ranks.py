@@ -7,7 +7,6 @@ from typing import Any
 
 from dckpt.format.checksum import digest_bytes
 from dckpt.format.streams import stream_digest
-from dckpt.resume.facts.collect import data_facts
 from dckpt.resume.facts.model import gradient_names, tied_names
 from dckpt.resume.facts.tensors import NAMES_MAX, value_facts
 from dckpt.resume.facts.training import optimizer_facts, scaler_facts, scheduler_facts, step_counters
@@ -17,14 +16,13 @@ from dckpt.state.rng import capture_rng
 from dckpt.state.train_state import TrainState
 
 
-def rank_facts(
-    state: TrainState, captured: Captured, loaded: LoadResult, model_facts: dict[str, Any]
-) -> dict[str, Any]:
+def rank_facts(state: TrainState, captured: Captured, loaded: LoadResult, current: dict[str, Any]) -> dict[str, Any]:
     """This rank's part of the evidence. Reads every tensor once, draws nothing, changes nothing.
 
-    captured: `state.capture()`. model_facts: `ModelFacts.collect` of this rank. Waits for the device.
+    captured: `state.capture()`. current: `FactCollector.collect` of this rank. Waits for the device.
     """
     gradients = gradient_names(state.models())
+    model_facts, data = current["model"], current.get("data") or {}
     progress = state.progress
     return {
         "checkpoint": loaded.manifest_sha256,
@@ -33,7 +31,7 @@ def rank_facts(
         "step": getattr(progress, "step", None),
         "positions": {
             key: [facts["epoch"], facts["cursor"]]
-            for key, facts in (data_facts(state) or {}).items()
+            for key, facts in data.items()
             if isinstance(facts.get("epoch"), int) and isinstance(facts.get("cursor"), int)
         },
         "progress_micro_step": getattr(progress, "micro_step", 0),

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import partial
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
@@ -18,8 +20,12 @@ REPLAY_STEPS_MAX = 200_000
 """At 2 to 3 microseconds a step, a replay takes half a second at most."""
 
 _NOT_HORIZON = frozenset(
-    {"optimizer", "last_epoch", "base_lrs", "verbose", "lr_lambdas", "anneal_func", "best", "num_bad_epochs", "T_cur"}
-)
+    {
+        "optimizer", "last_epoch", "base_lrs", "verbose", "lr_lambdas", "anneal_func",
+        "best", "num_bad_epochs", "cooldown_counter", "T_cur", "T_i",
+    }
+)  # fmt: skip
+"""Attributes that are no constants of a schedule, or that JSON cannot hold."""
 
 
 def can_be_asked(scheduler: Any) -> bool:
@@ -27,7 +33,18 @@ def can_be_asked(scheduler: Any) -> bool:
     if not isinstance(scheduler, LRScheduler) or isinstance(scheduler, ReduceLROnPlateau):
         return False
     nested = getattr(scheduler, "_schedulers", [])
-    return type(scheduler).__module__ == "torch.optim.lr_scheduler" and all(can_be_asked(item) for item in nested)
+    is_torchs = type(scheduler).__module__ == "torch.optim.lr_scheduler"
+    return is_torchs and _is_asked_freely(scheduler) and all(can_be_asked(item) for item in nested)
+
+
+def _is_asked_freely(scheduler: LRScheduler) -> bool:
+    """Asking neither waits for a device nor calls an object that may keep what it was asked."""
+    called = [*getattr(scheduler, "lr_lambdas", []), getattr(scheduler, "_scale_fn_custom", None)]
+    optimizer = getattr(scheduler, "optimizer", None)
+    rates = [group.get("lr") for group in getattr(optimizer, "param_groups", [])]
+    return all(
+        call is None or isinstance(call, (FunctionType, BuiltinFunctionType, partial)) for call in called
+    ) and not any(isinstance(rate, torch.Tensor) and rate.device.type != "cpu" for rate in rates)
 
 
 class ScheduleCopy:
@@ -56,8 +73,11 @@ class ScheduleCopy:
         """The rates when the counter stands at `last_epoch`; None if it is past that, or too far away."""
         if not 0 <= last_epoch - self.last_epoch <= REPLAY_STEPS_MAX:
             return None
-        while self.last_epoch < last_epoch:
-            self.step()
+        try:
+            while self.last_epoch < last_epoch:
+                self.step()
+        except Exception:  # noqa: BLE001 - a schedule that ends before, or a rate function that fails: nothing to compare with
+            return None
         return self.rates
 
 
@@ -78,12 +98,17 @@ def copy_schedule(scheduler: Any) -> ScheduleCopy | None:
 def next_rates(scheduler: Any) -> list[float] | None:
     """The rates after one more step, or None for what cannot be asked."""
     found = copy_schedule(scheduler)
-    return None if found is None else found.step()
+    try:
+        return None if found is None else found.step()
+    except Exception:  # noqa: BLE001 - some schedules end: there is no rate after the last one
+        return None
 
 
 def horizon(scheduler: Any) -> dict[str, Any]:
     """The constants that shape the schedule: T_max, total_steps, milestones, gamma, base_lrs, of nested schedules too."""
-    found: dict[str, Any] = {"base_lrs": [float(rate) for rate in getattr(scheduler, "base_lrs", [])]}
+    found: dict[str, Any] = {
+        "base_lrs": [float(rate) for rate in getattr(scheduler, "base_lrs", []) if not _is_on_device(rate)]
+    }
     for name, value in vars(scheduler).items():
         if name.startswith("_") and name != "_milestones":
             continue
@@ -99,6 +124,10 @@ def horizon(scheduler: Any) -> dict[str, Any]:
             {"class": type(item).__name__, **horizon(item)} for item in nested if hasattr(item, "step")
         ]
     return found
+
+
+def _is_on_device(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.device.type != "cpu"
 
 
 def _plain(value: Any) -> Any:

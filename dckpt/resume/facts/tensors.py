@@ -141,7 +141,7 @@ def _compare_moments(state: TrainState, optimizer: Optimizer, number: int, found
             found.checked += 1
             worst, beyond, looked_at = worst_ratio(m, v, bound)
             tolerance = 1.02 if m.dtype is not torch.float32 and m.dtype is not torch.float64 else 1.001
-            if not worst <= tolerance:
+            if not worst <= tolerance and math.isfinite(worst):  # what is not finite is told as such
                 found.incoherent.append([f"{names.prefix}.{name}", worst, beyond / looked_at])
 
 

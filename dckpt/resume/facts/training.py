@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from dckpt.format.checksum import digest_bytes
 from dckpt.resume.facts.schedules import horizon, next_rates, schedule_counter
 from dckpt.state.optimizer import OptimizerState
+from dckpt.state.rng import preserved_rng
 from dckpt.state.train_state import TrainState
 
 PLAIN = (bool, int, float, str)
@@ -92,6 +93,14 @@ def scheduler_facts(state: TrainState) -> dict[str, Any]:
             "horizon": horizon(scheduler),
         }
     return found
+
+
+def untouched_scheduler_facts(state: TrainState) -> dict[str, Any]:
+    """The same, with every random stream where it was: a rate function of the user's may draw numbers."""
+    if state.scheduler is None:
+        return {}
+    with preserved_rng(state.generators):
+        return scheduler_facts(state)
 
 
 def scaler_facts(state: TrainState) -> dict[str, Any]:

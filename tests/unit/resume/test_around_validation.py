@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import pty
+import random
 import threading
 import time
 
@@ -291,3 +292,164 @@ def test_without_a_yes_the_run_stops(terminal, refused, answer):
 def test_a_pipe_is_nobody(tmp_path):
     with open(tmp_path / "empty", "w+") as nobody:
         assert not has_person(nobody, nobody)
+
+
+# Programs that the report must not stop, and failures that must reach every rank as one.
+
+
+def _resumes_quietly(root, build) -> None:
+    """Saves a run that `build` makes (state, one step of it), and resumes a second one without a warning."""
+    for is_second in (False, True):
+        state, step = build()
+        with open_run(root) as checkpointer:
+            report = checkpointer.resume(state)
+            if is_second:
+                assert report is not None
+                assert found(report) == {}
+                return
+            for _ in range(8):
+                step()
+            assert checkpointer.save(state, blocking=True).outcome == "committed"
+
+
+def _built(make_schedulers, optimizer=torch.optim.Adam, max_steps: int = 50, by_hand: bool = False):
+    def build():
+        torch.manual_seed(0)
+        model = nn.Linear(4, 2)
+        made = optimizer(model.parameters(), lr=1e-2)
+        schedulers = make_schedulers(made)
+        progress = dckpt.TrainProgress(max_steps=max_steps, batch=dckpt.Batch(1))
+        each = schedulers if isinstance(schedulers, dict) else {"": schedulers}
+        state = dckpt.TrainState(model=model, optimizer=made, scheduler=schedulers, progress=progress)
+
+        def step() -> None:
+            model(torch.ones(1, 4)).sum().backward()
+            made.step()
+            made.zero_grad()
+            for scheduler in each.values():
+                scheduler.step()
+            if by_hand:
+                made.param_groups[0]["lr"] = 1e-4 * (progress.step + 1)
+            progress.advance(loss=1.0)
+
+        return state, step
+
+    return build
+
+
+TABLE = [1.0 - step / 10 for step in range(9)]
+
+SCHEDULES = {
+    "two on one optimizer": _built(
+        lambda o: {
+            "decay": torch.optim.lr_scheduler.ExponentialLR(o, 0.9),
+            "drops": torch.optim.lr_scheduler.MultiStepLR(o, [3, 30], 0.1),
+        }
+    ),
+    "warm-up by hand": _built(lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: 0.99**step), by_hand=True),
+    "one cycle that moves betas": _built(lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 1e-2, total_steps=40)),
+    "one cycle at its end": _built(lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 1e-2, total_steps=8)),
+    "restarts": _built(lambda o: torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(o, 3, T_mult=2)),
+    "a table that ends": _built(lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: TABLE[step])),
+}
+
+
+@pytest.mark.parametrize("build", SCHEDULES.values(), ids=SCHEDULES)
+def test_an_ordinary_schedule_is_no_finding(tmp_path, build):
+    _resumes_quietly(tmp_path / "run", build)
+
+
+def test_a_rate_function_that_draws_numbers_moves_no_stream(tmp_path):
+    build = _built(lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda _: 1.0 + 0.0 * random.random()))
+    state, step = build()
+    with open_run(tmp_path / "run") as checkpointer:
+        checkpointer.resume(state)
+        step()
+        before = random.getstate()
+        checkpointer.save(state, blocking=True)
+        assert random.getstate() == before
+        loaded = checkpointer.load(state)
+        before = random.getstate()
+        checkpointer.validate(state, loaded)
+        assert random.getstate() == before
+
+
+def test_a_probe_that_fails_is_a_failed_save_and_training_goes_on(tmp_path):
+    run = SmallRun()
+
+    def fail(_: object) -> torch.Tensor:
+        raise RuntimeError("out of memory")
+
+    with open_run(tmp_path / "run") as checkpointer:
+        checkpointer.resume(run.state, probe=dckpt.Probe(fail, BATCH))
+        run.train(1)
+        pending = checkpointer.save(run.state, blocking=True)
+
+    assert pending.outcome == "failed"
+    assert "out of memory" in str(pending.error)
+
+
+def test_a_probe_loss_that_is_no_number_costs_no_save(tmp_path):
+    run = SmallRun()
+    with open_run(tmp_path / "run") as checkpointer:
+        checkpointer.resume(run.state, probe=dckpt.Probe(lambda _: torch.tensor(float("nan")), BATCH))
+        run.train(1)
+        assert checkpointer.save(run.state, blocking=True).outcome == "committed"
+
+
+def test_facts_of_an_object_that_means_something_else_by_it_are_left_out(tmp_path, caplog):
+    class Odd:
+        def facts(self) -> str:
+            return "of life"
+
+        def state_dict(self) -> dict[str, int]:
+            return {}
+
+        def load_state_dict(self, _: dict[str, int]) -> None: ...
+
+    run = SmallRun()
+    state = dckpt.TrainState(model=run.model, optimizer=run.optimizer, progress=run.progress, data=Odd())
+    with open_run(tmp_path / "run") as checkpointer:
+        checkpointer.resume(state)
+        run.train(1)
+        checkpointer.save(state, blocking=True)
+        report = checkpointer.validate(state, checkpointer.load(state))
+
+    assert found(report) == {}
+
+
+def test_the_base_of_frozen_rows_is_carried_through_a_plain_load(tmp_path):
+    _save_vocabulary(tmp_path / "run")
+    run = Vocabulary()
+    with open_run(tmp_path / "run") as checkpointer:
+        loaded = checkpointer.load(run.state)
+        run.train(1)
+        checkpointer.save(run.state, blocking=True)
+        again = checkpointer.load(run.state)
+
+    assert again.manifest.facts["frozen_rows"] == loaded.manifest.facts["frozen_rows"]
+
+
+def test_a_person_may_think_longer_than_the_deadline(terminal, refused):
+    ticks: list[float] = []
+    assert not ask_to_go_on(
+        refused, 0.9, terminal.stdin, terminal.stderr, on_tick=lambda: ticks.append(time.monotonic())
+    )
+
+    assert len(ticks) >= 3
+
+
+def test_a_checkpoint_saved_in_eval_mode_is_told_at_the_save_and_does_not_stop_a_run_that_trains(tmp_path, caplog):
+    run = SmallRun()
+    with caplog.at_level(logging.WARNING, "dckpt"), open_run(tmp_path / "run") as checkpointer:
+        checkpointer.resume(run.state)
+        run.train(2)
+        run.model.eval()
+        checkpointer.save(run.state, blocking=True)
+    assert "in eval mode" in caplog.text
+
+    run = SmallRun()
+    with open_run(tmp_path / "run") as checkpointer:
+        report = checkpointer.resume(run.state)
+    assert report is not None
+    assert found(report) == {"train_mode": "warning"}

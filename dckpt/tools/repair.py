@@ -160,15 +160,23 @@ class _Preparation:
         try:
             return Catalog(self.storage).read_manifest(self.name)
         except (CorruptCheckpointError, StorageMissingError) as error:
-            copy = self.siblings.manifest_of_same()
+            copy = self.siblings.manifest_of_same(self._attempts())
             if copy is None:
                 raise CorruptCheckpointError(
                     f"{self.storage.locate(self.name)}: expected a manifest that can be read, found: {error} Without it nothing "
-                    "says what the files should be. Give a copy of the checkpoint with --from, or continue from an older one.",
+                    "says what the files should be. Give a copy of this very checkpoint with --from (its attempt directory has "
+                    "the same name), or continue from an older one.",
                     key=f"{self.name}/manifest.json",
                 ) from error
             self.changes.append(Change("manifest", "restored", f"sealed, of this very checkpoint, from {copy.label}"))
             return Catalog(copy.storage).read_manifest(copy.name)
+
+    def _attempts(self) -> set[str]:
+        """The directories in that of the checkpoint: one of them is named after the attempt that wrote it."""
+        try:
+            return {entry.name for entry in self.storage.list_dir(self.name) if entry.is_dir}
+        except StorageMissingError:
+            return set()  # Nothing is left of it.
 
     def _index(self, manifest: Manifest) -> LayoutIndex | None:
         entry = manifest.index_entry
@@ -235,8 +243,7 @@ class _Preparation:
                 continue
             ranges = [(0, state.entry.size)] if state.sums is None else _byte_ranges(state)
             for name, begin, end in index.chunks_in_file(index.files.index(state.entry.name)):
-                is_hit = any(begin < stop and first < end for first, stop in ranges)
-                if is_hit and (begin, end) not in state.proved:
+                if any(begin < stop and first < end for first, stop in ranges):
                     lost[name] = state.entry.name
         return lost
 
@@ -331,7 +338,7 @@ class _Preparation:
         self, manifest: Manifest, index: LayoutIndex, states: Sequence[FileState], lost_ranks: set[int]
     ) -> tuple[Manifest, NewStreams | None]:
         values, parts = dict(manifest.values), manifest.parts
-        before = [(sibling.label, sibling.manifest) for sibling in self.siblings.all]
+        before = [(sibling.label, sibling.manifest) for sibling in self.siblings.of_run(manifest.run_id)]
         found = {
             "progress": refill_progress(manifest) if "progress" not in parts else None,
             "scheduler": refill_scheduler(manifest, before) if "scheduler" not in parts else None,
@@ -343,12 +350,13 @@ class _Preparation:
             elif value is not None:
                 self.changes.append(value)
         if "optim" not in parts:
-            self.changes.append(Change("optim", "not possible", self._advice()))
+            self.changes.append(Change("optim", "not possible", self._advice(manifest)))
         streams = self._refill_streams(manifest, index, states, lost_ranks)
         return replace(manifest, values=values, parts=parts), streams
 
-    def _advice(self) -> str:
-        older = next((sibling.label for sibling in self.siblings.all if "optim" in sibling.manifest.parts), None)
+    def _advice(self, manifest: Manifest) -> str:
+        others = self.siblings.of_run(manifest.run_id)
+        older = next((sibling.label for sibling in others if "optim" in sibling.manifest.parts), None)
         return MOMENTS_LOST if older is None else f"{MOMENTS_LOST}: {older}"
 
     def _refill_streams(
@@ -370,8 +378,8 @@ class _Preparation:
         return refilled
 
     def _model(self, manifest: Manifest) -> StreamModel | None:
-        """The nearest other checkpoint with streams whose rank 0 can be read."""
-        for sibling in self.siblings.all:
+        """The nearest other checkpoint of the run with streams whose rank 0 can be read."""
+        for sibling in self.siblings.of_run(manifest.run_id):
             other = sibling.manifest
             # Of a later generation: it may descend from this checkpoint, and the rule must give the same each time.
             if other.generation > manifest.generation or (other.world_size == 1 < manifest.world_size):

@@ -19,10 +19,9 @@ from dckpt.blocks.read import read_checked
 from dckpt.blocks.scan import FileScan, ScanItem, scan_file
 from dckpt.errors import CorruptCheckpointError, StorageError, StorageMissingError
 from dckpt.format.checksum import BLOCK_BYTES, FileHasher, Sums, block_checksums, digest_bytes, parse_sums
-from dckpt.format.fingerprint import box_runs, fold_box
 from dckpt.format.index import LayoutIndex
 from dckpt.format.manifest import FileEntry, Manifest
-from dckpt.format.shard_file import DTYPES, ShardFilePlan, ShardTensor, plan_shard_file
+from dckpt.format.shard_file import ShardFilePlan, ShardTensor, plan_shard_file
 from dckpt.storage.base import Storage
 from dckpt.tools.siblings import Place, ReadError, Siblings
 
@@ -34,8 +33,6 @@ FLIPS_MAX = 8
 
 BYTES_MAX = 1
 """Blocks that are searched for a single wrong byte; it takes half a minute or so."""
-
-PROVE_BYTES = 2**20
 
 ONE_BIT = tuple(1 << bit for bit in range(8))
 SEVERAL_BITS = tuple(mask for mask in range(1, 256) if mask not in ONE_BIT)
@@ -54,9 +51,10 @@ class Segment:
 class FileState:
     """One shard file. `sums` None: nothing says which of its blocks are good, and the file is not.
 
-    is_intact: every byte in place is good. segments: all good blocks, ascending. lost: the others; proved: byte ranges in them
-    that are good in place all the same, because the fingerprint of their tensor is. plan: where its tensors lie, if that is
-    known. taken: from where -> the blocks that were restored. notes: what was restored and from where, a sentence each.
+    is_intact: every byte in place is good. segments: all good blocks, ascending. lost: the others, with every byte in them: a
+    fingerprint alone proves no bytes, because damage in a pattern (a page of zeros among equal values) can leave it as it was.
+    plan: where its tensors lie, if that is known. taken: from where -> the blocks that were restored. notes: what was restored
+    and from where, a sentence each.
     """
 
     entry: FileEntry
@@ -66,7 +64,6 @@ class FileState:
     is_intact: bool = False
     segments: list[Segment] = field(default_factory=list)
     lost: list[tuple[int, int]] = field(default_factory=list)
-    proved: list[tuple[int, int]] = field(default_factory=list)
     plan: ShardFilePlan | None = None
     taken: dict[str, list[int]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -83,12 +80,6 @@ class FileState:
         """
         assert self.sums is not None
         assert len(target) == end - begin
-        if any(first <= begin and end <= stop for first, stop in self.proved):
-            data = self.place.read(begin, end - begin)
-            if data is None:
-                raise self._changed(begin // BLOCK_BYTES, -(-end // BLOCK_BYTES))
-            target[:] = data
-            return
         for first, stop, data in self._blocks(begin // BLOCK_BYTES, -(-end // BLOCK_BYTES)):
             if not np.array_equal(block_checksums(data), self.sums.blocks[first:stop]):
                 raise self._changed(first, stop)
@@ -247,31 +238,9 @@ class Restorer:
         for segment in segments:
             held[segment.first : segment.stop] = True
         state.lost = _runs(~held)
-        state.proved = list(self._prove(state))
         state.notes += [
             f"{_shown_blocks(state, blocks)} of {state.entry.name} {how}" for how, blocks in state.taken.items()
         ]
-
-    def _prove(self, state: FileState) -> Iterator[tuple[int, int]]:
-        """Chunks that touch a lost block and have their recorded fingerprint in place: the damage is in another one's bytes."""
-        sums, plan = state.sums, state.plan
-        if not state.lost or sums is None or plan is None or len(sums.fingerprints) != len(plan.tensors):
-            return
-        ranges = [(first * BLOCK_BYTES, stop * BLOCK_BYTES) for first, stop in state.lost]
-        for tensor, begin, expected in zip(plan.tensors, plan.begins, sums.fingerprints, strict=True):
-            end = begin + tensor.nbytes
-            if tensor.global_shape is None or not any(begin < stop and first < end for first, stop in ranges):
-                continue
-            runs = box_runs(tensor.global_shape, tensor.offsets, tensor.shape, DTYPES[tensor.dtype])
-            value = 0
-            for at in range(begin, end, PROVE_BYTES):
-                data = state.place.read(at, min(PROVE_BYTES, end - at))
-                if data is None:
-                    break
-                value ^= fold_box(memoryview(data), at - begin, runs)
-            else:
-                if value == expected:
-                    yield begin, end
 
     def _restore_group(self, state: FileState, first: int, stop: int) -> list[Segment]:
         assert state.sums is not None

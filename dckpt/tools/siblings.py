@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -127,12 +127,23 @@ class Siblings:
             found.append(Sibling(storage, name, manifest, f"{label}{name}"))
         return found
 
-    def manifest_of_same(self) -> Sibling | None:
-        """A copy of the very checkpoint, by its identity."""
+    def manifest_of_same(self, attempts: Collection[str]) -> Sibling | None:
+        """A copy of the very checkpoint in whose directory `attempts` lie.
+
+        Step and generation are the same in any two runs; an attempt's 128 random bits are in no other checkpoint.
+        """
         return next(
-            (item for item in self.all if self._wanted is not None and item.manifest.id == self._wanted),
+            (
+                item
+                for item in self.all
+                if self._wanted is not None and item.manifest.id == self._wanted and item.manifest.attempt in attempts
+            ),
             None,
         )
+
+    def of_run(self, run_id: str | None) -> list[Sibling]:
+        """Those of the run alone: what is derived and not proved may come from no other. None for a checkpoint without a run."""
+        return [item for item in self.all if run_id is not None and item.manifest.run_id == run_id]
 
     def same_files(self, entry: FileEntry) -> Iterator[Place]:
         """Files that had the same size and digest when they were written; whether they still do is the caller's to find out."""

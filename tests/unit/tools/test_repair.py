@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 
+import dckpt
 from dckpt import failpoint
 from dckpt.catalog.catalog import Catalog
 from dckpt.catalog.generations import list_generations
 from dckpt.cli.main import main
 from dckpt.errors import CommitConflictError, CorruptCheckpointError, StorageError
+from dckpt.format.fingerprint import box_runs, fold_box
 from dckpt.format.streams import rekey_stream
 from dckpt.format.values import dump_json, load_json
 from dckpt.storage.local import LocalStorage
@@ -24,6 +27,7 @@ from dckpt.tools.repair import Prepared, prepare_repair
 from dckpt.tools.repair_run import apply_repair
 from dckpt.tools.target import open_target
 from dckpt.tools.verify import verify_checkpoint
+from tests.support import runs
 from tests.support.repairs import AXES, REPAIRED, STEP, VALUES, WORLD, read_tensor, save, streams_of, tensors
 from tests.support.runs import FULL_PARTS, write_checkpoint
 
@@ -221,6 +225,37 @@ def test_weights_that_nobody_has_are_a_refusal_and_nothing_is_written(run: Path)
     assert content(run) == before
 
 
+@pytest.mark.parametrize("damage", ["a page of zeros", "a bit elsewhere, too"])
+def test_damage_that_leaves_the_fingerprint_as_it_was_is_no_proof(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    """An even number of equal words that became zeros: the XOR over them is the same."""
+    monkeypatch.setattr(restore, "FLIPS_MAX", 0)
+    root, at = tmp_path / "run", "step-0000000001.g0001"
+    slots = np.full(65_536, -1, np.int64)
+    model = torch.nn.Linear(2, 2)
+    model.register_buffer("slots", torch.from_numpy(slots.copy()))
+    progress = dckpt.TrainProgress()
+    with dckpt.Checkpointer(str(root)) as checkpointer:
+        progress.advance(loss=1.0)
+        checkpointer.save(dckpt.TrainState(model=model, progress=progress), blocking=True)
+    begin, end = place_of(root, "model.slots", name=at)
+    page = -(-begin // 65_536) * 65_536 + 8192
+    assert page + 4096 < end
+    path = shard(root, name=at)
+    overwrite(path, page, bytes(4096))
+    changed = slots.copy()
+    changed[(page - begin) // 8 :][:512] = 0
+    runs = box_runs(slots.shape, (0,), slots.shape, 8)
+    assert fold_box(memoryview(changed.tobytes()), 0, runs) == fold_box(memoryview(slots.tobytes()), 0, runs)
+    if damage != "a page of zeros":
+        overwrite(path, path.stat().st_size - 5, b"\x7f")
+
+    prepared = prepare(root, at=f"/{at}")
+
+    assert any("model.slots" in sentence for sentence in prepared.plan.refusals), prepared.plan
+
+
 def test_lost_moments_are_not_invented_and_given_up_only_with_consent(run: Path, copy: Path) -> None:
     begin, _ = place_of(run, "optim.weight.exp_avg")
     overwrite(shard(run), begin + 66_000, bytes(range(1, 201)))
@@ -377,6 +412,42 @@ def test_without_its_manifest_and_without_a_copy_nothing_is_guessed(run: Path) -
 
     with pytest.raises(CorruptCheckpointError, match="--from"):
         prepare(run, at=f"/{STEP}")
+
+
+def other_run(root: Path, monkeypatch: pytest.MonkeyPatch, steps: Mapping[int, dict[str, Any]]) -> None:
+    """A run with an id of its own whose checkpoints have the same steps and generations."""
+    monkeypatch.setattr(runs, "RUN_ID", "other")
+    for step, options in steps.items():
+        save(LocalStorage(str(root)), step, seed=step, **options)
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize("is_attempt_gone", [False, True])
+def test_the_manifest_of_another_run_is_not_taken(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_attempt_gone: bool
+) -> None:
+    other_run(tmp_path / "other", monkeypatch, {10: {}, 20: {}})
+    (run / STEP / "manifest.json").unlink()
+    if is_attempt_gone:
+        shutil.rmtree(shard(run).parent)
+
+    with pytest.raises(CorruptCheckpointError, match="very checkpoint"):
+        prepare(run, at=f"/{STEP}", copies=(tmp_path / "other",))
+
+
+def test_scheduler_and_streams_are_not_derived_from_another_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = {"T_max": 100, "base_lrs": [0.01], "last_epoch": 10, "_step_count": 11, "_last_lr": [0.005]}
+    other = {"values": {**VALUES, "scheduler": {"kind": "stateful", "state": state}}}
+    other_run(tmp_path / "other", monkeypatch, {10: other})
+    left_out = without("scheduler", "rng")
+    save(LocalStorage(str(tmp_path / "run")), 20, seed=2, tensors=tensors(2, has_rng=False), rng={}, **left_out)
+
+    prepared = prepare(tmp_path / "run", copies=(tmp_path / "other",))
+
+    assert "scheduler: not possible" in told(prepared)
+    assert "seed made from the run's id" in told(prepared), told(prepared)
 
 
 def test_a_stand_alone_checkpoint_is_repaired_beside_itself(tmp_path: Path) -> None:

@@ -9,6 +9,9 @@ from dckpt.errors import CorruptCheckpointError, DckptError, FormatVersionError,
 from dckpt.format.generation import Generation
 from dckpt.format.layout import CheckpointId
 
+ONE_CHECKPOINT = ("repair", "reshard", "import")
+"""Reasons of generations that are made for the one checkpoint that is committed right after the record."""
+
 
 @dataclass(frozen=True, slots=True)
 class Line:
@@ -29,6 +32,9 @@ def trace_line(checkpoints: Collection[CheckpointId], newest: int, read_record: 
     A record that is missing or damaged ends the line there, with a note: what lies before it was continued by
     nobody knows whom, so it is superseded and has to be named in full. If the line would be empty because of
     it although older checkpoints exist, the record's error is raised: `latest` is then unknown, not absent.
+
+    A newest record whose one checkpoint is not there is passed over: a repair or reshard died between the two, and training never
+    went on from its parent. It still fences.
     """
     on_line: list[CheckpointId] = []
     notes: list[str] = []
@@ -50,6 +56,9 @@ def trace_line(checkpoints: Collection[CheckpointId], newest: int, read_record: 
                 "superseded; load one by its full name."
             )
             break
+        if not on_line and record.reason in ONE_CHECKPOINT and record.parent is not None and bound is None:
+            number -= 1
+            continue
         parent = record.parent
         if parent is None:
             break

@@ -9,13 +9,14 @@ from dataclasses import dataclass, replace
 
 from dckpt.catalog.catalog import Catalog
 from dckpt.catalog.generations import read_generation
-from dckpt.catalog.line import trace_line
+from dckpt.catalog.line import ONE_CHECKPOINT, trace_line
 from dckpt.dcp.location import split_checkpoint_url
 from dckpt.errors import CommitConflictError, ConfigError
 from dckpt.format.generation import Generation, Parent, Reason
 from dckpt.format.layout import (
     GENERATIONS_DIR,
     MANIFEST_NAME,
+    CheckpointId,
     checkpoint_name,
     is_trash_name,
     parse_checkpoint_name,
@@ -127,7 +128,9 @@ def _same_run(storage: Storage, manifest: Manifest, sha256: str) -> Destination:
     )
     record = found.record(manifest.world_size)
     after = trace_line(
-        catalog.checkpoints(), number, lambda wanted: record if wanted == number else read_generation(storage, wanted)
+        [*catalog.checkpoints(), CheckpointId(own.step, own.micro_step, number)],
+        number,
+        lambda wanted: record if wanted == number else read_generation(storage, wanted),
     )
     superseded = tuple(item.name for item in catalog.line() if item not in after.on_line)
     return replace(found, superseded=superseded)
@@ -158,9 +161,9 @@ def _ensure_free(storage: Storage) -> None:
 
 
 def _begun_run(storage: Storage, observed: int) -> str:
-    """The id of a run that a reshard or import began and did not commit to: it died after its generation record."""
+    """The id of a run that a reshard, repair or import began and did not commit to: it died after its generation record."""
     record = read_generation(storage, observed)
-    if record.reason not in ("reshard", "import") or record.parent is not None:
+    if record.reason not in ONE_CHECKPOINT or record.parent is not None:
         raise ConfigError(
             f"DST {storage.url}: expected an empty or missing directory, or the run of SRC, found another run (generation "
             f"{observed}: {record.reason}). Choose another place."

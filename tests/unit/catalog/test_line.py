@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dckpt.catalog.line import Line, trace_line
 from dckpt.errors import CorruptCheckpointError, FormatVersionError, StorageMissingError
-from dckpt.format.generation import Generation, Parent
+from dckpt.format.generation import Generation, Parent, Reason
 from dckpt.format.layout import CheckpointId
 
 
@@ -56,6 +56,41 @@ def test_a_generation_without_a_checkpoint_continues_its_parent():
     found = trace([at(100, 1), at(200, 1)], {1: None, 2: at(200, 1)})
 
     assert found.on_line == (at(200, 1), at(100, 1))
+
+
+@pytest.mark.parametrize("reason", ["repair", "reshard", "import"])
+def test_a_repair_that_died_before_its_commit_takes_nothing_off_the_line(reason: Reason):
+    records = {1: record(1, None), 2: replace(record(2, at(200, 1)), reason=reason)}
+    checkpoints = [at(100, 1), at(200, 1), at(300, 1)]
+
+    died = trace_line(checkpoints, 2, records.__getitem__)
+    committed = trace_line([*checkpoints, at(200, 2)], 2, records.__getitem__)
+
+    assert died == Line((at(300, 1), at(200, 1), at(100, 1)), (), ())
+    assert committed == Line((at(200, 2), at(200, 1), at(100, 1)), (at(300, 1),), ())
+
+
+def test_repairs_that_died_one_after_the_other_lead_to_the_rollback_before_them():
+    records = {
+        1: record(1, None),
+        2: replace(record(2, at(100, 1)), reason="rollback"),
+        3: replace(record(3, at(200, 1)), reason="repair"),
+        4: replace(record(4, at(200, 1)), reason="repair"),
+    }
+
+    found = trace_line([at(100, 1), at(200, 1)], 4, records.__getitem__)
+
+    assert found == Line((at(100, 1),), (at(200, 1),), ())
+
+
+def test_a_repaired_checkpoint_that_was_expired_after_training_went_on_still_bounds_the_line():
+    """Generation 3 continues the repaired step 200: step 300 of generation 1 stays superseded."""
+    records = {1: record(1, None), 2: replace(record(2, at(200, 1)), reason="repair"), 3: record(3, at(200, 2))}
+
+    for own in ([at(250, 3)], []):
+        found = trace_line([at(200, 1), at(300, 1), *own], 3, records.__getitem__)
+
+        assert found.on_line == (*own, at(200, 1))
 
 
 def test_walking_back_and_retraining_supersedes_what_came_after():

@@ -524,6 +524,41 @@ def test_a_storage_that_fails_while_writing_leaves_no_checkpoint(run: Path, copy
     assert list_generations(LocalStorage(str(run))) == [1]
 
 
+def die_before_commit(prepared: Prepared) -> None:
+    def fail() -> None:
+        raise StorageError("no", key="x")
+
+    failpoint.arm({"after_generation": fail})
+    with pytest.raises(StorageError):
+        apply_repair(prepared)
+    failpoint.disarm()
+
+
+def test_a_repair_that_dies_after_its_record_takes_no_later_checkpoint_off_the_line(run: Path, copy: Path) -> None:
+    save(LocalStorage(str(run)), 30, seed=3)
+    before = Catalog(LocalStorage(str(run))).line()
+    DAMAGES["bytes"](run)
+
+    prepared = prepare(run, copies=(copy,))
+    die_before_commit(prepared)
+
+    assert prepared.plan.superseded == ("step-0000000030.g0001",)
+    assert list_generations(LocalStorage(str(run))) == [1, 2]
+    assert Catalog(LocalStorage(str(run))).line() == before
+    apply_repair(prepare(run, copies=(copy,)))
+    assert Catalog(LocalStorage(str(run))).line()[0].name == "step-0000000020.g0003"
+
+
+def test_a_repair_into_a_new_run_that_died_is_repeated(run: Path, copy: Path, tmp_path: Path) -> None:
+    DAMAGES["bytes"](run)
+    target, into = open_target(f"{run}@20"), str(tmp_path / "new")
+    die_before_commit(prepare_repair(target, copies=[str(copy)], into=into))
+
+    apply_repair(prepare_repair(target, copies=[str(copy)], into=into))
+
+    assert [item.name for item in Catalog(LocalStorage(into)).line()] == [REPAIRED]
+
+
 def test_files_that_do_not_belong_are_left_behind(run: Path) -> None:
     """A safetensors file in the attempt is loaded by stock readers like the others; `verify` calls that corrupt."""
     stray = shard(run).parent / "other.safetensors"

@@ -75,14 +75,13 @@ make_venv() {
 }
 
 pip_install() {
-    "$venv/bin/python" -m pip install ${quiet[@]+"${quiet[@]}"} --disable-pip-version-check --constraint "$pins" "$@" ||
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --constraint "$pins" "$@" ||
         fail "pip could not install $*. Its own message is above; without a network, set PIP_INDEX_URL or PIP_FIND_LINKS."
 }
 
 install() {
     local ours
-    quiet=() pins=$constraints
-    [ -t 1 ] || quiet=(--quiet)
+    pins=$constraints
     torch_found=$(usable_torch "$venv/bin/python")
     ours=$(cat "$venv/dckpt-torch.pin" 2>/dev/null || true) # a torch that this script installed follows the pin
     if [ -n "$torch_found" ] && [ "${ours:-$torch_pin}" = "$torch_pin" ]; then
@@ -91,7 +90,7 @@ install() {
         # That torch may want an older setuptools than the pinned torch does.
         sed -e "s/^torch==.*/torch==$torch_found/" -e '/^setuptools==/d' "$constraints" >"$pins"
     else
-        say "Installing torch $torch_pin (the largest part; from a CPU index about 200 MB, else up to 3 GB)."
+        say "Installing torch $torch_pin (the largest part, some minutes; from a CPU index about 200 MB, else up to 3 GB)."
         # Alone and first, so that no other package's requirement ever brings an unpinned torch.
         pip_install "torch==$torch_pin"
         printf '%s\n' "$torch_pin" >"$venv/dckpt-torch.pin"

@@ -227,10 +227,17 @@ def train(args: argparse.Namespace, rank: int, world: int, device: torch.device)
         open(log_file, "a", buffering=1) as log,  # by lines: a kill loses no line
     ):
         policy = dckpt.ResumePolicy(allow=args.allow)
-        if args.leg:  # further training, in most cases on other text: --steps more steps, and the schedule anew
-            checkpointer.start_leg(state, scheduler="fresh", name=args.leg, policy=policy)
-        elif args.resume != "never" and checkpointer.resume(state, policy=policy) is None and args.resume == "must":
-            raise SystemExit(f"--resume must: expected a checkpoint in {args.checkpoint}, found none.")
+        try:
+            if args.leg:  # further training, in most cases on other text: --steps more steps, and the schedule anew
+                checkpointer.start_leg(state, scheduler="fresh", name=args.leg, policy=policy)
+            elif args.resume != "never" and checkpointer.resume(state, policy=policy) is None and args.resume == "must":
+                raise SystemExit(f"--resume must: expected a checkpoint in {args.checkpoint}, found none.")
+        except dckpt.ResumeRejectedError as error:
+            if not progress.done:
+                raise
+            if rank == 0:  # a launcher that starts a finished run again must not take it for a failed one
+                print(f"Nothing is left to train. {error}", file=sys.stderr)
+            return 0
         while not progress.done:
             lr, begun = trainer.scheduler.get_last_lr()[0], time.monotonic()
             loss = trainer.step()

@@ -35,6 +35,14 @@ class Retention:
     always stay, and one in which unchanged files of another lie (only where the storage has no hard links) for as long as
     that one does.
 
+    last: the newest so many.
+    every: one in each `every` steps, the newest in (k*every, (k+1)*every].
+    best: `Best("val_loss")`, the best by a metric.
+    daily: the newest of each of the newest so many days (UTC) that have a checkpoint.
+
+    A damaged checkpoint is walked back over only if an older one is left. `daily=2`, `best` or `every` alone may keep a single
+    one for a while: add `last=2` or more.
+
     Applies to the current line only: superseded checkpoints are never expired by it.
     """
 

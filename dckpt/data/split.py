@@ -63,8 +63,9 @@ def split_indices(
     items: how many there are; or one key each (a file name, an id: str, bytes or int), if their order may change. Items with
         the same key are on the same side.
     validation: a fraction below 1, or a count. With a fraction each item is judged by itself, by (seed, index) or (seed, key):
-        about that many are taken, and items that are appended later change nothing for those before. A count is met exactly,
-        by the items with the smallest numbers; appended items would push others out, so keep `among` then.
+        the sizes are approximate (0.1 of 1,000 takes 100, give or take 10 or so), and items that are appended
+        later change nothing for those before. A count is met exactly, by the items with the smallest numbers; appended items
+        would push others out, so keep `among` then.
     among: choose only among the first so many, the size when the split was first made; what came later is for training.
 
     `ConfigError` for a wrong argument, and if one side would be empty.

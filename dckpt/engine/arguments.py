@@ -73,8 +73,22 @@ def neighbouring_runs(place: str) -> list[str]:
         log.debug("cannot look beside %s: %s", place, error)
         return []
     names = {os.path.basename(path): path for path in found if path != place.rstrip("/")}
-    similar = difflib.get_close_matches(os.path.basename(place.rstrip("/")), list(names), n=3, cutoff=0.6)
-    return [names[name] for name in similar]
+    own = os.path.basename(place.rstrip("/"))
+    similar = difflib.get_close_matches(own, list(names), n=len(names) or 1, cutoff=0.6)
+    return [names[name] for name in similar if _is_slip(own, name)][:3]
+
+
+def _is_slip(own: str, other: str) -> bool:
+    """One letter more, less, changed or swapped with its neighbour; in names of 6 letters or more, four of five the same."""
+    if min(len(own), len(other)) >= 6 and difflib.SequenceMatcher(None, own, other).ratio() >= 0.8:
+        return True
+    changed = [
+        part for part in difflib.SequenceMatcher(None, own, other, autojunk=False).get_opcodes() if part[0] != "equal"
+    ]
+    start, end = changed[0][1], changed[-1][2]
+    start_of_other, end_of_other = changed[0][3], changed[-1][4]
+    mine, theirs = own[start:end], other[start_of_other:end_of_other]
+    return max(len(mine), len(theirs)) <= 1 or (len(mine) == 2 and mine == theirs[::-1])
 
 
 def plain_metrics(metrics: Mapping[str, float]) -> dict[str, float]:

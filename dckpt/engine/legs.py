@@ -115,7 +115,7 @@ def begin_leg(
     if is_told:
         log.info("leg %d begins at step %d, after %s", progress.leg, progress.step, end.name)
     rates = [_number(group["lr"]) for optimizer in state.optimizers for group in optimizer.param_groups]
-    if rates and not any(rates):
+    if is_told and rates and not any(rates):
         log.warning(
             "leg %d begins with learning rates of zero: nothing will be learned. The schedule is at its end: pass "
             "scheduler='fresh', or build a longer one",

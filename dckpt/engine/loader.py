@@ -47,6 +47,7 @@ from dckpt.storage.base import Storage
 log = logging.getLogger(__name__)
 
 MESSAGE_BYTES_MAX = 2**31
+NAMES_SHOWN = 20
 TRAINING_PARTS = ("optim", "scheduler", "scaler", "data", "progress")
 
 
@@ -167,7 +168,8 @@ class Loader:
             damaged.append((name, outcome))
             if not options.walk_back:
                 raise outcome
-            log.error("%s is damaged, walking back: %s", name, outcome)
+            if self._topology.is_coordinator:
+                log.error("%s is damaged, walking back: %s", name, outcome)
         raise _all_damaged(self._storage.locate(""), damaged)
 
     def _find(self, select: Callable[[Catalog], list[CheckpointId]], options: LoadOptions) -> dict[str, Any]:
@@ -188,7 +190,8 @@ class Loader:
         candidates = select(catalog)
         if not candidates:
             raise CheckpointNotFoundError(
-                f"Run {self._storage.locate('')}: expected a checkpoint to load, found {observed} generations and no "
+                f"Run {self._storage.locate('')}: expected a checkpoint to load, found {observed} "
+                f"generation{'s' * (observed != 1)} and no "
                 "checkpoint on the current line. Its checkpoints were removed: restore them, or choose a "
                 "new root to start again."
             )
@@ -422,7 +425,7 @@ def _fit_payload(candidate: _Candidate | None, options: LoadOptions) -> dict[str
     ]
     wanted = frozenset(part for part in candidate.saved.parts if part not in candidate.plan.skipped_parts)
     differences = [*candidate.plan.differences, *left_out, *candidate.saved.refusals(wanted)]
-    return {"differences": differences, "wants": candidate.wanted.keys}
+    return {"differences": differences, "unexpected": candidate.plan.unexpected, "wants": candidate.wanted.keys}
 
 
 def _decide_corrupt(payloads: list[dict[str, Any]]) -> dict[str, Any]:
@@ -435,11 +438,18 @@ def _decide_fit(payloads: list[dict[str, Any]]) -> dict[str, Any]:
         return corrupt
     differences = list(dict.fromkeys(line for payload in payloads for line in payload["differences"]))
     if differences:
+        names = list(dict.fromkeys(name for payload in payloads for name in payload["unexpected"]))
+        is_enough = len(names) == len(differences) <= NAMES_SHOWN
+        less = (
+            f"allow_unexpected={names!r}"
+            if is_enough
+            else ("parts=[...], allow_missing=[...], allow_unexpected=[...], cast=...")
+        )
         shown = "; ".join(differences[:20]) + (f"; and {len(differences) - 20} more" if len(differences) > 20 else "")
         raise IncompatibleStateError(
-            f"The checkpoint does not fit the live state in {len(differences)} place(s): {shown}. None of it was loaded. "
-            "Build the state as it was saved; or load on purpose less than all of it: checkpointer.load(state, parts=[...], "
-            "allow_missing=[...], allow_unexpected=[...], cast=...).",
+            f"The checkpoint does not fit the live state in {len(differences)} place{'s' * (len(differences) > 1)}: "
+            f"{shown}. None of it was loaded. "
+            f"Build the state as it was saved; or load on purpose less than all of it: checkpointer.load(state, {less}).",
             differences=differences,
         )
     return {"classes": group_ranks([payload["wants"] for payload in payloads])}

@@ -68,7 +68,8 @@ def decide(
     first = report.critical[0]
     more = f" And {len(report.critical) - 1} more." if len(report.critical) > 1 else ""
     raise ResumeRejectedError(
-        f"Resume from {report.loaded.checkpoint}: {len(report.critical)} critical findings; training does not start. "
+        f"Resume from {report.loaded.checkpoint}: {len(report.critical)} critical "
+        f"finding{'s' * (len(report.critical) > 1)}; training does not start. "
         f"[{first.check}] {first.message}{more} `{page_of(first.check)}` says more. To go on all the same: "
         f"ResumePolicy(allow={names!r}).",
         report=report.to_json(),

@@ -43,7 +43,7 @@ from dckpt.planning.files import FilePlans
 from dckpt.planning.layout import Layout
 from dckpt.planning.ticket import Details, Ticket, ensure_same_step
 from dckpt.ranks.coordination import Coordination
-from dckpt.ranks.messages import format_ranks
+from dckpt.ranks.messages import cause_to_show, format_ranks
 from dckpt.ranks.session import Session
 from dckpt.ranks.topology import Topology
 from dckpt.resume.facts.collect import FactCollector
@@ -194,7 +194,7 @@ class Saver:
                     begun.deferred.wait()  # the next save takes the memory into which it copies
             if shared is error or not isinstance(error, Exception):
                 raise
-            raise shared from error
+            raise shared from cause_to_show(as_dckpt_error(shared), error)
 
     def _sources(
         self, state: TrainState, request: SaveRequest, local: LocalState, files: FilePlans

@@ -99,9 +99,14 @@ def ensure_expressible(manifest: Manifest, index: LayoutIndex, target: NamedMesh
     if obstacles:
         more = len(obstacles) - DIFFERENCES_SHOWN
         shown = "; ".join(obstacles[:DIFFERENCES_SHOWN]) + (f"; and {more} more" if more > 0 else "")
+        unnamed = target.is_named and manifest.mesh is None
+        remedy = (
+            "Use --world-size, or pass TrainState(mesh=...) when saving, so that axes have names. " if unnamed else ""
+        )
         raise IncompatibleStateError(
-            f"The checkpoint cannot be laid out for {target} in {len(obstacles)} place(s): {shown}. Nothing was written. It can "
-            "still be loaded there with resharding where Checkpointer.resume takes it.",
+            f"The checkpoint cannot be laid out for {target} in {len(obstacles)} place{'s' * (len(obstacles) > 1)}: "
+            f"{shown}. Nothing was written. {remedy}"
+            "It can still be loaded there with resharding where Checkpointer.resume takes it.",
             differences=obstacles,
         )
 

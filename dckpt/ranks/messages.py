@@ -7,14 +7,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dckpt.errors import (
+    ConfigError,
     CoordinationTimeoutError,
     DckptError,
+    IncompatibleStateError,
     PeerFailedError,
     from_wire,
     to_wire,
 )
 
 TEXT_CHARS_MAX = 16 * 1024  # of one error's message; a longer one is cut
+_CALLERS_TO_FIX = (ConfigError, IncompatibleStateError)
 FAILURES_TOLD = 4  # distinct failures that one message spells out; further ranks are named without their text
 
 
@@ -33,6 +36,12 @@ def format_ranks(ranks: Sequence[int]) -> str:
         parts.extend([f"{run[0]}-{run[-1]}"] if len(run) > 2 else [str(rank) for rank in run])
     listed = " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
     return f"{'rank' if len(ordered) == 1 else 'ranks'} {listed}"
+
+
+def cause_to_show(error: DckptError, cause: BaseException | None) -> BaseException | None:
+    """`cause`, for `raise error from`; None where it says the same: a refusal reads the same on the rank that noticed it."""
+    is_same = isinstance(cause, _CALLERS_TO_FIX) and type(cause) is type(error) and str(cause) == str(error)
+    return None if is_same else cause
 
 
 def sentence(error: BaseException) -> str:

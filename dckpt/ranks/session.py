@@ -167,7 +167,7 @@ class Session:
         except AbortedError as aborted:
             self.is_closed = True
             self.error = aborted.error
-            raise aborted.error from (error or aborted.__cause__)
+            raise aborted.error from messages.cause_to_show(aborted.error, error or aborted.__cause__)
         except (KeyboardInterrupt, SystemExit) as interrupt:
             # This process ends; the others learn why instead of waiting for their deadline.
             self.abort(interrupt)

@@ -85,8 +85,9 @@ class ResumeReport:
     def summary(self) -> str:
         """One line on what was loaded."""
         return (
-            f"Resumed from {self.loaded.checkpoint}: step {self.loaded.step}, saved by {self.loaded.manifest.world_size} "
-            f"ranks, loaded by {self.world_size}; parts: {', '.join(self.loaded.parts) or 'none'}."
+            f"Resumed from {self.loaded.checkpoint}: step {self.loaded.step}, saved by "
+            f"{_count(self.loaded.manifest.world_size, 'rank')}, loaded by {self.world_size}; "
+            f"parts: {', '.join(self.loaded.parts) or 'none'}."
         )
 
     def __str__(self) -> str:
@@ -112,8 +113,8 @@ class ResumeReport:
         """One line: how many checks passed, and how many findings of each kind."""
         infos = len(self.findings) - len(self.critical) - len(self.warnings) - len(self.not_checked)
         return (
-            f"{self.passed} checks passed, {len(self.critical)} critical, {len(self.warnings)} warnings, "
-            f"{infos} notes, {len(self.not_checked)} not checked ({self.seconds:.2f} s)"
+            f"{_count(self.passed, 'check')} passed, {len(self.critical)} critical, {_count(len(self.warnings), 'warning')}, "
+            f"{_count(infos, 'note')}, {len(self.not_checked)} not checked ({self.seconds:.2f} s)"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -136,3 +137,7 @@ class ResumeReport:
             "seconds": round(self.seconds, 3),
             "findings": [{**finding.to_json(), "page": page_of(finding.check)} for finding in self.findings],
         }
+
+
+def _count(number: int, singular: str) -> str:
+    return f"{number} {singular}{'' if number == 1 else 's'}"

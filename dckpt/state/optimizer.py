@@ -306,7 +306,7 @@ class OptimizerPlan:
         for name in sorted(set(group_of) - live_names):
             prefix = f"{self._label}.{name}."
             planner.consume(n for n in planner.saved if n.startswith(prefix))
-            planner.unexpected(f"{self._label}.{name}", "in the checkpoint's optimizer, not in the live one")
+            planner.unexpected(f"{self._label}.{name}", "no longer in the optimizer (frozen or removed?)")
         for source in sorted(set(range(len(saved_groups))) - set(used)):
             prefix = f"{self._label}.param_groups.{source}."
             planner.consume(n for n in planner.saved if n.startswith(prefix))

@@ -79,6 +79,7 @@ class Planner:
         """Note something saved that has no live place, unless `allow_unexpected` matches its name."""
         if not _matches(name, self._allow_unexpected):
             self.plan.differences.append(f"{name}: {text}")
+            self.plan.unexpected.append(name)
 
     def consume(self, names: Iterable[str]) -> None:
         """These saved tensors are accounted for."""

@@ -85,6 +85,8 @@ class RestorePlan:
 
     reads: list[tuple[str, torch.Tensor]] = field(default_factory=list)
     differences: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    """What to pass as `allow_unexpected` for those of the differences that it covers."""
     skipped_parts: list[str] = field(default_factory=list)
     saved_micro_step: int = 0
     """Micro-batches of a started accumulation when the checkpoint was saved."""

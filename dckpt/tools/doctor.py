@@ -20,7 +20,7 @@ from dckpt.errors import (
 from dckpt.findings import Finding
 from dckpt.format.layout import CheckpointId
 from dckpt.format.manifest import Manifest
-from dckpt.resume.checks.base import Evidence, Phase, finding
+from dckpt.resume.checks.base import Evidence, Phase, finding, some
 from dckpt.resume.checks.registry import run_checks
 from dckpt.resume.facts.code import describe_code
 from dckpt.resume.validator import describe_manifest
@@ -72,17 +72,18 @@ class Diagnosis:
 def diagnose(target: Target, settings: Settings) -> Diagnosis:
     """Reads the manifest and the sizes of files; no tensor data.
 
-    Without a step in `target` the newest checkpoint whose manifest can be read, as `resume` would take it. Raises
-    `CheckpointNotFoundError` if there is none, `CorruptCheckpointError` if none can be read.
+    Without a step in `target` the newest checkpoint whose manifest can be read and whose files are there in full length, as
+    `resume` would take it; if no files are whole, the newest whose manifest can be read. Raises `CheckpointNotFoundError` if
+    there is none, `CorruptCheckpointError` if no manifest can be read.
     """
-    name, manifest, damaged = _choose(target)
+    name, manifest, faults, damaged = _choose(target)
     storage = target.storage
     current = describe_settings(settings, manifest)
     checkpoint = {**describe_manifest(name, manifest), **_storage_facts(target, manifest)}
-    checkpoint["file_faults"] = find_file_faults(storage, name, manifest)
+    checkpoint["file_faults"] = faults
     evidence = Evidence(saved=manifest.facts, current=current, checkpoint=checkpoint, load=None)
     found, passed = run_checks(evidence, phases=BEFORE)
-    walked = [_unreadable(each, error, name) for each, error in damaged]
+    walked = [_unreadable(each, why, name) for each, why in damaged]
     order = {"critical": 0, "warning": 1, "info": 2, "not checked": 3}
     return Diagnosis(
         url=storage.url,
@@ -96,18 +97,34 @@ def diagnose(target: Target, settings: Settings) -> Diagnosis:
     )
 
 
-def _choose(target: Target) -> tuple[str, Manifest, list[tuple[str, DckptError]]]:
+def _choose(target: Target) -> tuple[str, Manifest, list[str], list[tuple[str, str]]]:
+    """The checkpoint that resume would take, its manifest, what is wrong with its files, and (name, why) of newer ones.
+
+    One that was asked for by its step is taken as it is. If none is whole, the newest whose manifest can be read.
+    """
     catalog = Catalog(target.storage)
     if target.checkpoint is not None:
-        return target.checkpoint, catalog.read_manifest(target.checkpoint)[0], []
-    damaged: list[tuple[str, DckptError]] = []
+        manifest = catalog.read_manifest(target.checkpoint)[0]
+        return target.checkpoint, manifest, find_file_faults(target.storage, target.checkpoint, manifest), []
+    damaged: list[tuple[str, str]] = []
+    first_error: DckptError | None = None
+    with_faults: tuple[str, Manifest, list[str], list[tuple[str, str]]] | None = None
     for item in catalog.line():
         try:
-            return item.name, catalog.read_manifest(item.name)[0], damaged
+            manifest = catalog.read_manifest(item.name)[0]
         except (CorruptCheckpointError, StorageMissingError, FormatVersionError) as error:
-            damaged.append((item.name, error))
-    if damaged:
-        raise damaged[0][1]
+            first_error = first_error or error
+            damaged.append((item.name, str(error)))
+            continue
+        faults = find_file_faults(target.storage, item.name, manifest)
+        if not faults:
+            return item.name, manifest, [], damaged
+        with_faults = with_faults or (item.name, manifest, faults, list(damaged))
+        damaged.append((item.name, f"its files are not whole: {some(faults)}."))
+    if with_faults is not None:
+        return with_faults
+    if first_error is not None:
+        raise first_error
     raise CheckpointNotFoundError(
         f"Run {target.storage.url}: expected a checkpoint on the current line, found none. A run there begins at step 0."
     )
@@ -198,11 +215,11 @@ def find_file_faults(storage: Storage, name: str, manifest: Manifest) -> list[st
     return faults
 
 
-def _unreadable(name: str, error: DckptError, chosen: str) -> Finding:
+def _unreadable(name: str, why: str, chosen: str) -> Finding:
     return finding(
         "walked_back",
         "warning",
-        f"{name} cannot be read, and resume would walk back to {chosen}: {error}",
+        f"{name} cannot be read, and resume would walk back to {chosen}: {why}",
         expected="the newest checkpoint is whole",
         found=f"{name} is damaged",
         remedy=f"run `dckpt verify` on {name}",

@@ -59,7 +59,8 @@ def _missing(state: ForeignState) -> dict[str, str]:
         found["progress"] = "no step"
     lost = [rank for rank in range(state.ranks) if rank not in state.streams]
     if lost:
-        found["rng"] = "no random streams" if len(lost) == state.ranks else f"no random streams of ranks {lost}"
+        of = "" if len(lost) == state.ranks else f" of rank{'s' * (len(lost) > 1)} {', '.join(map(str, lost))}"
+        found["rng"] = f"no random streams{of}"
     return found
 
 

@@ -107,7 +107,8 @@ def refill_streams(
 
 
 def _stream_changes(ranks: Sequence[int], told: Mapping[str, list[str]], origin: str) -> list[Change]:
-    who = "all ranks" if len(ranks) > 1 and ranks == list(range(len(ranks))) else f"ranks {', '.join(map(str, ranks))}"
+    is_all = len(ranks) > 1 and ranks == list(range(len(ranks)))
+    who = "all ranks" if is_all else f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
     changes = []
     copied, derived = dict.fromkeys(told["copied"]), dict.fromkeys(told["derived"])
     if copied:

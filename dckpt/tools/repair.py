@@ -346,6 +346,7 @@ class _Preparation:
         for part, value in found.items():
             if isinstance(value, NewValue):
                 values[part], parts = value.value, _with_part(parts, part)
+                self._ensure_no_consequence(part)
                 self.changes.append(value.change)
             elif value is not None:
                 self.changes.append(value)
@@ -353,6 +354,16 @@ class _Preparation:
             self.changes.append(Change("optim", "not possible", self._advice(manifest)))
         streams = self._refill_streams(manifest, index, states, lost_ranks)
         return replace(manifest, values=values, parts=parts), streams
+
+    def _ensure_no_consequence(self, part: str) -> None:
+        """What was lost is filled in: its row keeps where the bytes were, not what training without them would be like."""
+        told = f": {CONSEQUENCES[part]}"
+        self.changes[:] = [
+            replace(row, how=row.how.replace(told, ": filled in as the next row says"))
+            if (row.what, row.action) == (part, "lost")
+            else row
+            for row in self.changes
+        ]
 
     def _advice(self, manifest: Manifest) -> str:
         others = self.siblings.of_run(manifest.run_id)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from dckpt.findings import page_of
 from dckpt.viz.terminal import render
+from dckpt.viz.units import format_count
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -52,8 +53,8 @@ def render_diagnosis(diagnosis: DiagnosisRow) -> str:
         head = Text()
         head.append(verdict, style=style)
         head.append(
-            f" {diagnosis.checkpoint} of {diagnosis.url}, saved by {diagnosis.saved_world_size} ranks, for "
-            f"{diagnosis.world_size}; {diagnosis.passed} checks passed."
+            f" {diagnosis.checkpoint} of {diagnosis.url}, saved by {format_count(diagnosis.saved_world_size, 'rank')}, for "
+            f"{diagnosis.world_size}; {format_count(diagnosis.passed, 'check')} passed."
         )
         told = [item for item in diagnosis.findings if item.severity != "not checked"]
         unknown = dict.fromkeys(item.check for item in diagnosis.findings if item.severity == "not checked")

@@ -332,7 +332,9 @@ def _describe_verdict(report: CheckpointReport) -> str:
     if report.verdict == "CORRUPT":
         tensors = len({name for damage in report.damages for name in damage.tensors})
         lost = f", {format_count(tensors, 'tensor')} hit" if tensors else ""
-        return f"{format_count(len(report.damages), 'damage')}{lost}. Resume from another step."
+        unit = " (each that has bytes in a damaged block of 64 KiB, the unit of checksums)" if tensors else ""
+        remedy = "`dckpt repair` shows what can be restored; or resume from another step."
+        return f"{format_count(len(report.damages), 'damage')}{lost}{unit}. {remedy}"
     if report.verdict == "UNREADABLE":
         return "the storage failed; nothing is known to be damaged. Try again."
     if report.verdict == "PARTIAL":

@@ -43,7 +43,7 @@ def check_train_mode(evidence: Evidence) -> Iterator[Finding]:
         yield finding(
             "train_mode",
             "critical" if hits else "warning",
-            f"{len(changed)} submodules on rank {rank} are in {what} mode and were not when saved "
+            f"{len(changed)} submodule{'s' * (len(changed) > 1)} on rank {rank} in {what} mode and were not when saved "
             f"({some([n or 'the model' for n in changed])})"
             + (f": {len(hits)} dropout or BatchNorm layers work differently" if hits else ""),
             expected=_mode_text(old),

@@ -94,6 +94,8 @@ def check_work_remains(evidence: Evidence) -> Iterator[Finding]:
         ("step", "max_steps", progress.get("leg_step", progress.get("step"))),
         ("epoch", "max_epochs", progress.get("leg_epoch", progress.get("epoch"))),
     ]
+    leg = progress.get("leg")
+    of_leg = f" of leg {leg}" if isinstance(leg, int) and leg > 1 else ""
     is_known = False
     for what, name, at in limits:
         limit = evidence.current.get(name)
@@ -104,12 +106,13 @@ def check_work_remains(evidence: Evidence) -> Iterator[Finding]:
             yield finding(
                 "work_remains",
                 "critical",
-                f"{what} {at} of {name}={limit} is already done: no work remains, and the run would end at once "
+                f"{what} {at}{of_leg} of {name}={limit} is already done: no work remains, and the run would end at once "
                 "as if it had trained",
-                expected=f"a {what} below {name}={limit}",
-                found=f"{what} {at}",
-                remedy=f"raise {name}; on new data call checkpointer.start_leg(state), which counts from zero again; or "
-                "start a new run",
+                expected=f"a {what}{of_leg} below {name}={limit}",
+                found=f"{what} {at}{of_leg}",
+                remedy=f"do nothing if the run is finished; for more training raise {name} (a learning-rate schedule that is "
+                f"built from {name} is then another one, see [schedule]), or call checkpointer.start_leg(state), which counts "
+                "from zero again, with a new name if legs have names",
             )
         elif what == "step" and limit - at < SMALL_REST * limit:
             yield finding(
@@ -133,8 +136,7 @@ def check_world_size(evidence: Evidence) -> Iterator[Finding]:
         return
     if saved_size == size and (saved_mesh == mesh or evidence.load is None):
         return
-    derived = sorted(name for name, how in (get(evidence.load, "rng") or {}).items() if how == "re-derived")
-    told = f"; random streams re-derived on every rank: {', '.join(derived)}" if derived else ""
+    told = _streams_told(get(evidence.load, "rng") or {})
     changed = [
         axis
         for axis in {**(saved_mesh or {}), **(mesh or {})}
@@ -152,6 +154,17 @@ def check_world_size(evidence: Evidence) -> Iterator[Finding]:
         found=now,
         remedy="nothing to do: tensors are resharded, and random streams follow the rule in FORMAT.md",
     )
+
+
+def _streams_told(streams: dict[str, str]) -> str:
+    derived = sorted(name for name, how in streams.items() if how == "re-derived")
+    copied = sorted(name for name, how in streams.items() if how == "copied")
+    told = f"; random streams re-derived on every rank: {', '.join(derived)}" if derived else ""
+    if copied:
+        told += f"; copied, equal on all ranks: {', '.join(copied)}"
+    if any(name.startswith(("torch", "cuda")) for name in (*derived, *copied)):
+        told += "; dropout masks differ from those on the saved ranks (dckpt.rng_slot keeps them)"
+    return told
 
 
 def _arrangement(size: Any, mesh: Any) -> str:

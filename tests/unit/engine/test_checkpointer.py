@@ -245,8 +245,9 @@ def test_a_finished_run_that_is_started_again_keeps_its_last_checkpoint(tmp_path
             checkpointer.step(loop.state)
     again = Loop(max_steps=2)
     with dckpt.Checkpointer(tmp_path / "run", signals=()) as checkpointer:
-        with pytest.raises(dckpt.ResumeRejectedError, match="no work remains"):
+        with pytest.raises(dckpt.ResumeRejectedError, match=r"1 critical finding; .*no work remains"):
             checkpointer.resume(again.state)
+        assert again.progress.done, "a script that is started again can tell that the run is finished"
         with pytest.raises(dckpt.ConfigError, match=r"call checkpointer\.resume"):
             checkpointer.save(again.state)
         report = checkpointer.resume(again.state, policy=dckpt.ResumePolicy(allow=("work_remains",)))
@@ -311,7 +312,7 @@ def test_the_report_of_a_resume_reads_as_a_sentence(tmp_path):
         report = checkpointer.resume(again.state)
 
     assert str(report).startswith(
-        "Resumed from step-0000000001.g0001: step 1, saved by 1 ranks, loaded by 1; parts: model"
+        "Resumed from step-0000000001.g0001: step 1, saved by 1 rank, loaded by 1; parts: model"
     )
 
 

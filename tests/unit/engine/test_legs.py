@@ -152,6 +152,19 @@ def test_a_named_leg_is_begun_once_however_often_the_job_starts(root):
         checkpointer.start_leg(Job(OLD).state, name="round-2")  # round-3 saved nothing
 
 
+def test_a_second_start_of_a_finished_leg_is_told_by_the_steps_of_the_leg(root):
+    with open_run(root, save=dckpt.Every(steps=1)) as checkpointer:
+        job = Job(NEW)
+        checkpointer.start_leg(job.state, name="round-2")
+        job.train(checkpointer)
+    job = Job(NEW)
+    with open_run(root) as checkpointer, pytest.raises(dckpt.ResumeRejectedError) as caught:
+        checkpointer.start_leg(job.state, name="round-2")
+
+    assert f"step {STEPS} of leg 2 of max_steps={STEPS} is already done" in str(caught.value)
+    assert job.progress.done
+
+
 def test_a_leg_that_saved_nothing_is_begun_again(root):
     for _ in range(2):
         with open_run(root) as checkpointer:

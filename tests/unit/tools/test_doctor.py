@@ -69,6 +69,28 @@ def test_a_missing_file_is_critical_and_a_damaged_manifest_walks_back(root):
     assert severities(root, facts=FACTS) == {"walked_back": "warning", "files": "critical"}
 
 
+def test_a_missing_file_of_the_newest_walks_back_as_resume_does(root):
+    run = SmallRun(batch=dckpt.Batch(4, 2, 1), facts=FACTS)
+    with open_run(root) as checkpointer:
+        checkpointer.resume(run.state)
+        run.train(1)
+        checkpointer.save(run.state, blocking=True)
+    next((root / "step-0000000013.g0002").glob("*/*.safetensors")).unlink()
+
+    diagnosis = diagnose(open_target(str(root)), Settings(facts=FACTS))
+    asked = diagnose(open_target(f"{root}@13"), Settings(facts=FACTS))
+    again = SmallRun(batch=dckpt.Batch(4, 2, 1), facts=FACTS)
+    with open_run(root) as checkpointer:
+        resumed = checkpointer.resume(again.state)
+
+    assert diagnosis.checkpoint == resumed.loaded.checkpoint == "step-0000000012.g0001"
+    assert diagnosis.walked_past == resumed.loaded.damaged == ("step-0000000013.g0002",)
+    walked = next(item for item in diagnosis.findings if item.check == "walked_back")
+    assert ".safetensors: missing" in walked.message
+    assert (diagnosis.exit_code, asked.exit_code) == (1, 2)
+    assert [item.check for item in asked.findings if item.severity == "critical"] == ["files"]
+
+
 def test_weights_alone_are_no_training_state(tmp_path):
     run = SmallRun()
     state = dckpt.TrainState(model=run.model)

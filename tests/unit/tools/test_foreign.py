@@ -157,7 +157,7 @@ def test_repair_makes_a_run_with_random_streams_and_leaves_the_files(tmp_path: P
     result = dckpt("verify", source, "--fix", "--yes")
 
     assert result.exit_code == 0, result.output
-    assert "random streams of ranks 0  derived" in result.stdout
+    assert "random streams of rank 0  derived" in result.stdout
     assert content(source) == before
     _, step = losses_after_resume(tmp_path / "old-dckpt", 2)
     assert step == 3

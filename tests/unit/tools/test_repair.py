@@ -369,21 +369,6 @@ def test_progress_and_scheduler_are_filled_in_from_facts(tmp_path: Path) -> None
     assert scheduler == {"last_epoch": 20, "_step_count": 21, "_last_lr": [0.001]}
 
 
-def test_lost_progress_that_is_filled_in_is_not_said_to_restart_at_zero(tmp_path: Path) -> None:
-    facts = {"progress": {"step": 20, "samples": 640, "epoch": 2}}
-    held = {**tensors(2), "progress.losses": np.zeros(65_536, np.float32)}
-    save(LocalStorage(str(tmp_path / "run")), 20, seed=2, facts=facts, tensors=held)
-    begin, _ = place_of(tmp_path / "run", "progress.losses")
-    overwrite(shard(tmp_path / "run"), begin + 66_000, bytes(range(1, 201)))
-
-    prepared = prepare(tmp_path / "run")
-
-    rows = [(row.action, row.how) for row in prepared.plan.changes if row.what == "progress"]
-    assert [action for action, _ in rows] == ["lost", "filled in"]
-    assert "restart at zero" not in told(prepared)
-    assert prepared.plan.needs_consent == ("progress",)
-
-
 def test_a_scheduler_is_moved_on_from_an_earlier_checkpoint(tmp_path: Path) -> None:
     storage = LocalStorage(str(tmp_path / "run"))
     state = {"T_max": 100, "base_lrs": [0.01], "last_epoch": 10, "_step_count": 11, "_last_lr": [0.005]}

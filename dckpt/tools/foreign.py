@@ -34,6 +34,7 @@ SCALERS = ("scaler.pt",)
 STATES = ("training_state.pt", "training_state.pth", "checkpoint.pt", "checkpoint.pth")
 TRAINER = "trainer_state.json"
 _RNG = re.compile(r"rng_state(?:_([0-9]{1,6}))?\.pth")
+_RANK = re.compile(r"[0-9]{1,6}")
 _MARKS = {*WEIGHTS, *INDEXES, *OPTIMIZERS, *STATES}
 
 # Under which keys programs put what, in one file.
@@ -110,12 +111,21 @@ def read_foreign(text: str) -> ForeignState:
     return _Reader(path.resolve()).read()
 
 
+def files_of(text: str) -> tuple[Path, ...]:
+    """All files of the checkpoint at `text`, sorted; none if there is none."""
+    path = _local(text)
+    if path is None:
+        return ()
+    found = path.resolve()
+    return (found,) if found.is_file() else tuple(sorted(item for item in found.iterdir() if item.is_file()))
+
+
 class _Reader:
     def __init__(self, path: Path) -> None:
         self._path = path
-        names = [path] if path.is_file() else sorted(item for item in path.iterdir() if item.is_file())
+        names = files_of(str(path))
         self._names = {item.name: item for item in names}
-        self.state = ForeignState(str(path), tuple(names))
+        self.state = ForeignState(str(path), names)
 
     def read(self) -> ForeignState:
         state = self.state
@@ -176,15 +186,20 @@ class _Reader:
         by_rank: dict[int, Any] = {0: found}
         if isinstance(found, (list, tuple)):
             by_rank = dict(enumerate(found))
-        elif isinstance(found, Mapping) and found and all(str(key).isdigit() for key in found):
+        elif isinstance(found, Mapping) and found and all(_RANK.fullmatch(str(key)) for key in found):
             by_rank = {int(str(key)): value for key, value in found.items()}
-        self.state.ranks = max(self.state.ranks, max(by_rank, default=0) + 1)
+            if sorted(by_rank) != list(range(len(found))):
+                self.state.troubles.append(
+                    f"{path}: random streams: expected ranks 0 to {len(found) - 1}, found others, up to {max(by_rank)}."
+                )
+                return
+        self.state.ranks = max(self.state.ranks, len(by_rank))
         for rank, one in by_rank.items():
             streams = streams_from(one, rank)
             if isinstance(streams, str):
                 self.state.troubles.append(f"{path}: random streams of rank {rank}: {streams}.")
-            else:
-                self.state.streams[rank] = streams
+                return
+            self.state.streams[rank] = streams
 
     # -- files of a directory ------------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ import hashlib
 import math
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from dckpt.planning.records import RECORD_BYTES_MAX, RNG, record_capacity, value
 from dckpt.planning.streams import classify_streams
 from dckpt.tools.components import CONSEQUENCES
 from dckpt.tools.destination import Destination, choose_import
-from dckpt.tools.foreign import ForeignState, read_foreign
+from dckpt.tools.foreign import ForeignState, files_of, read_foreign
 from dckpt.tools.foreign_names import Positions, Unmatched, match_by_shape, match_in_order
 from dckpt.tools.foreign_torch import ForeignTensor, ModelOrder, order_by_config, read_bytes_of
 from dckpt.tools.foreign_verdict import states_of
@@ -87,10 +87,13 @@ class PreparedImport:
     files: list[tuple[ShardFilePlan, list[memoryview]]] = field(default_factory=list)
     empty: Mapping[str, ForeignTensor] = field(default_factory=dict)
     """Tensors without elements: the index alone knows them."""
+    source: str = ""
 
 
 def prepare_import(request: ImportRequest) -> PreparedImport:
     """Reads everything and decides. `ConfigError` if DST is no place for it, `CorruptCheckpointError` if a file is damaged."""
+    # Before anything is read of them: what changes from here on is noticed when the import is carried out.
+    digest = digest_of(files_of(request.source))
     state = read_foreign(request.source)
     if state.troubles:
         raise CorruptCheckpointError(
@@ -98,14 +101,15 @@ def prepare_import(request: ImportRequest) -> PreparedImport:
             f"{state.troubles[0]} Remove what shall not be imported, or restore it.",
             key=state.url,
         )
-    return _Import(request, state).run()
+    return _Import(request, state, digest).run()
 
 
 class _Import:
     """One import: collects tensors, values and changes part by part."""
 
-    def __init__(self, request: ImportRequest, state: ForeignState) -> None:
+    def __init__(self, request: ImportRequest, state: ForeignState, digest: str) -> None:
         self.request = request
+        self.digest = digest
         self.state = state
         self.tensors: dict[str, ForeignTensor] = {}
         self.values: dict[str, JsonValue] = {}
@@ -129,9 +133,11 @@ class _Import:
     def _take_model(self) -> None:
         if not self.state.weights:
             self.refusals.append("There are no weights; a run cannot begin without a model.")
-        first: dict[tuple[int, tuple[int, ...]], str] = {}
+        first: dict[Hashable, str] = {}
         for name, tensor in self.state.weights.items():
-            held = first.setdefault((tensor.storage, tensor.shape), name) if tensor.storage else name
+            # Of one address, dtype, shape and strides: the same elements. A transposed view has others, in another order.
+            key = (tensor.storage, tensor.dtype, tensor.shape)
+            held = name if tensor.storage is None else first.setdefault(key, name)
             if held == name:
                 self.tensors[f"model.{name}"] = tensor
             else:
@@ -179,14 +185,24 @@ class _Import:
             )
             return
         options = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+        kind = self.request.optimizer or _class_of(states, options)
+        if kind is None:
+            self.refusals.append(
+                "optimizer: its state and options do not tell its class for sure. Name it with --optimizer (Adam and AdamW of "
+                "older torch look the same)."
+            )
+            return
         templates: dict[str, dict[str, Any]] = {}
         for members, positions in zip(names, ids, strict=True):
             for name, position in zip(members, positions, strict=True):
                 self._take_state(name, states.get(position, {}), templates)
         record: dict[str, Any] = {
-            "class": self.request.optimizer or _class_of(states, options),
+            "class": kind,
             "groups": [
-                {"names": members, "options": encode_value(_plain(found), path="optim.param_groups")}
+                {
+                    "names": members,
+                    "options": encode_value(_plain(found, "optim.param_groups"), path="optim.param_groups"),
+                }
                 for members, found in zip(names, options, strict=True)
             ],
             "shared": {},
@@ -236,7 +252,7 @@ class _Import:
             if part == "scheduler":
                 self._lose(part, CONSEQUENCES[part])
             return
-        record: dict[str, Any] = {"kind": "stateful", "state": encode_value(_plain(found), path=part)}
+        record: dict[str, Any] = {"kind": "stateful", "state": encode_value(_plain(found, part), path=part)}
         if part == "scaler":
             record["enabled"] = bool(found)
         self.values[part] = record
@@ -288,7 +304,7 @@ class _Import:
             world_size=world_size,
             facts={} if state.max_steps is None else {"max_steps": state.max_steps},
         )
-        digest = self._digest()
+        digest = self.digest
         # The seed of the rule hangs on the files: importing them twice gives the same streams.
         records, axes = self._streams(replace(draft, run_id=digest))
         destination = choose_import(self.request.destination, self.step, draft.run_id or "")
@@ -317,7 +333,7 @@ class _Import:
             bytes_written=sum(file.size for file, _ in files),
         )
         empty = {name: tensor for name, tensor in self.tensors.items() if not len(tensor.data)}
-        return PreparedImport(plan, destination, manifest, files, empty)
+        return PreparedImport(plan, destination, manifest, files, empty, source=self.request.source)
 
     def _streams(self, draft: Manifest) -> tuple[dict[int, bytes], dict[str, tuple[str, ...]]]:
         states: dict[int, Mapping[str, JsonValue]] = dict(self.state.streams)
@@ -349,17 +365,6 @@ class _Import:
             files.append((plan, [held[row.name].data for row in plan.tensors]))
         return files
 
-    def _digest(self) -> str:
-        """SHA-256 over names, sizes and digests of all files (FORMAT.md, section 8.1)."""
-        lines = []
-        for path in self.state.files:
-            hasher = FileHasher()
-            with path.open("rb") as file:
-                while piece := file.read(8 * 2**20):
-                    hasher.update(piece)
-            lines.append(f"{path.name} {hasher.file_bytes} {hasher.digest()}\n")
-        return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
-
     def _origin(self, digest: str) -> Origin:
         return Origin(
             how="import",
@@ -374,6 +379,18 @@ class _Import:
         )
 
 
+def digest_of(files: Sequence[Path]) -> str:
+    """SHA-256 over names, sizes and digests of all files (FORMAT.md, section 8.1)."""
+    lines = []
+    for path in files:
+        hasher = FileHasher()
+        with path.open("rb") as file:
+            while piece := file.read(8 * 2**20):
+                hasher.update(piece)
+        lines.append(f"{path.name} {hasher.file_bytes} {hasher.digest()}\n")
+    return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
+
+
 def _is_buffer(name: str) -> bool:
     return name.rpartition(".")[2] in BUFFERS
 
@@ -385,31 +402,48 @@ def _shape_of(held: Any) -> tuple[int, ...] | None:
     return max(shaped, key=math.prod) if shaped else None
 
 
-def _class_of(states: Mapping[Any, Any], options: Sequence[Mapping[str, Any]]) -> str:
-    """By the names of its state and options; `--optimizer` says it where that is not enough."""
+_CLASSES: tuple[tuple[str, frozenset[str], frozenset[str]], ...] = tuple(
+    (name, frozenset(keys.split()), frozenset(options.split()))
+    for name, keys, options in (
+        ("NAdam", "mu_product exp_avg exp_avg_sq", "momentum_decay"),
+        ("Adamax", "exp_inf exp_avg", "betas"),
+        ("Adadelta", "square_avg acc_delta", "rho"),
+        ("RMSprop", "square_avg", "alpha centered"),
+        ("Adagrad", "sum", "lr_decay"),
+        ("SGD", "momentum_buffer", "dampening nesterov"),
+        ("Adam", "exp_avg exp_avg_sq", "amsgrad betas"),
+        ("RAdam", "exp_avg exp_avg_sq", "betas eps decoupled_weight_decay"),
+    )
+)
+"""torch's classes: the state of a parameter and the options that they have, the most specific first."""
+
+
+def _class_of(states: Mapping[Any, Any], options: Sequence[Mapping[str, Any]]) -> str | None:
+    """By the names of its state and options; None where they fit no class, or several."""
     keys = {key for held in states.values() if isinstance(held, Mapping) for key in held}
-    if "exp_avg_sq" in keys:
-        return "AdamW" if all(one.get("decoupled_weight_decay", True) for one in options) else "Adam"
-    if "momentum_buffer" in keys and "dampening" in (options[0] if options else {}):
-        return "SGD"
-    known = {
-        "exp_inf": "Adamax",
-        "square_avg": "RMSprop",
-        "sum": "Adagrad",
-        "mu_product": "NAdam",
-        "acc_delta": "Adadelta",
-    }
-    return next((name for key, name in known.items() if key in keys), "AdamW")
+    common = set.intersection(*(set(one) for one in options)) if options else set()
+    found = next((name for name, state, own in _CLASSES if state <= keys and own <= common), None)
+    if found != "Adam":
+        return found
+    # Releases of torch before 2.7 do not write it: Adam and AdamW then look the same, and their weight decay is another.
+    decoupled = {one.get("decoupled_weight_decay") for one in options}
+    return "AdamW" if decoupled == {True} else "Adam" if decoupled == {False} else None
 
 
-def _plain(value: Any) -> Any:
-    """Tensors of one element as their value: schedulers and options hold learning rates so."""
+def _plain(value: Any, path: str) -> Any:
+    """Tensors of one element as their value: schedulers and options hold learning rates so. `ConfigError` names any other."""
     if isinstance(value, ForeignTensor):
-        return value.item()
+        found = value.item()
+        if found is None:
+            raise ConfigError(
+                f"{path}: expected a number or a tensor with one, found a tensor of {value.dtype} {list(value.shape)}, for which "
+                "this part of a checkpoint has no place. Save it as a list of numbers, or leave the part out."
+            )
+        return found
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: _plain(item, f"{path}.{key}") for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_plain(item) for item in value)
+        return type(value)(_plain(item, f"{path}[{number}]") for number, item in enumerate(value))
     return value
 
 
@@ -464,6 +498,7 @@ def apply_import(prepared: PreparedImport) -> None:
             )
         storage.sync_dir(transaction.attempt_dir)
         transaction.ensure_files(entries)
+        _ensure_unchanged(prepared)
         entries.append(transaction.write_index(_index(prepared)))
         transaction.stage_manifest(replace(manifest, files=tuple(entries)))
         failpoint.reach("before_generation")
@@ -477,6 +512,25 @@ def apply_import(prepared: PreparedImport) -> None:
         raise
     finally:
         pool.stop()
+
+
+def _ensure_unchanged(prepared: PreparedImport) -> None:
+    """The files still are those that the plan was made from: some of what was written is of then, some of now."""
+    lineage = prepared.manifest.lineage
+    assert lineage is not None
+    try:
+        found = digest_of(files_of(prepared.source))
+    except OSError as error:
+        found = f"{type(error).__name__}: {error}"
+    if found != lineage.manifest_sha256:
+        raise CorruptCheckpointError(
+            f"Import of {prepared.plan.source}: expected the files that this import was planned from (digest "
+            f"{lineage.manifest_sha256[:16]}), found others ({found[:80]}). Nothing was committed: plan again.",
+            key=prepared.plan.source,
+            field="digest",
+            expected=lineage.manifest_sha256,
+            found=found,
+        )
 
 
 def _index(prepared: PreparedImport) -> LayoutIndex:

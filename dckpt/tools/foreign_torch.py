@@ -15,26 +15,53 @@ from typing import Any
 
 import numpy as np
 
-from dckpt.errors import ConfigError, CorruptCheckpointError
+from dckpt.errors import ConfigError, CorruptCheckpointError, DckptError
 
 CONFIG_BYTES_MAX = 16 * 2**20
 
 
+NODES_MAX = 4_000_000
+"""Values in one file, containers that stand in several places counted at each: a small file can name one a trillion times."""
+
+DEPTH_MAX = 64
+
+_NUMBERS: Mapping[str, str] = {
+    "F64": "<f8",
+    "F32": "<f4",
+    "F16": "<f2",
+    "I64": "<i8",
+    "I32": "<i4",
+    "I16": "<i2",
+    "I8": "i1",
+    "U64": "<u8",
+    "U32": "<u4",
+    "U16": "<u2",
+    "U8": "u1",
+    "BOOL": "?",
+}
+
+StorageKey = tuple[str, int, tuple[int, ...]]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class ForeignTensor:
-    """One tensor: safetensors' name of its dtype, its shape, its bytes. `storage`: equal for names of one tied tensor."""
+    """One tensor: safetensors' name of its dtype, its shape, its bytes. `storage`: file, address and strides of its elements.
+
+    Names with the same storage, dtype and shape are one tied tensor; None where that is not known.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     data: memoryview = field(repr=False)
-    storage: int = 0
+    storage: StorageKey | None = None
 
     def item(self) -> float | int | bool | None:
-        """The one element of a tensor that has one; None otherwise."""
-        kinds = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "U8": "u1", "BOOL": "?"}
-        if len(self.data) == 0 or self.dtype not in kinds:
+        """The one element of a tensor that has one; None otherwise, and for 8-bit floats and complex numbers."""
+        if self.dtype == "BF16" and len(self.data) == 2:
+            return (np.frombuffer(self.data, "<u2").astype("<u4") << 16).view("<f4")[0].item()  # type: ignore[no-any-return]
+        if len(self.data) == 0 or self.dtype not in _NUMBERS:
             return None
-        found = np.frombuffer(self.data, dtype=kinds[self.dtype])
+        found = np.frombuffer(self.data, dtype=_NUMBERS[self.dtype])
         return found[0].item() if len(found) == 1 else None
 
 
@@ -57,13 +84,15 @@ def read_pickled(path: Path) -> Any:
                 if "mmap" not in str(error):
                     raise
                 found = torch.load(path, map_location="cpu", weights_only=True)
+        return _Freeing(path).freed(found, depth=0)
+    except DckptError:
+        raise
     except Exception as error:
         raise CorruptCheckpointError(
             f"{path}: expected tensors and plain values, found {_reason(error)}. Nothing in a file is ever executed: save it "
             "again with plain values, or leave it out.",
             key=str(path),
         ) from error
-    return _freed(found)
 
 
 def _reason(error: Exception) -> str:
@@ -75,25 +104,58 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"[:200]
 
 
-def _freed(value: Any) -> Any:
-    import torch
+class _Freeing:
+    """Turns what one file held into values without torch, in no more memory and steps than an honest file of its size takes."""
 
-    from dckpt.state.naming import DTYPE_NAMES
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._nodes_left = NODES_MAX
+        self._bytes_left = path.stat().st_size
+        """For tensors that have to be copied: transposed or expanded ones, whose bytes stand in the file less often."""
 
-    if isinstance(value, torch.Tensor):
+    def freed(self, value: Any, *, depth: int) -> Any:
+        """The same with `ForeignTensor`s; `CorruptCheckpointError` beyond a limit."""
+        import torch
+
+        self._nodes_left -= 1
+        if self._nodes_left < 0 or depth > DEPTH_MAX:
+            raise self._beyond(f"at most {NODES_MAX:,} values, nested {DEPTH_MAX} deep", "more")
+        if isinstance(value, torch.Tensor):
+            return self._freed_tensor(value)
+        if isinstance(value, Mapping):
+            return {key: self.freed(item, depth=depth + 1) for key, item in value.items()}
+        if isinstance(value, tuple):
+            return tuple(self.freed(item, depth=depth + 1) for item in value)
+        if isinstance(value, list):
+            return [self.freed(item, depth=depth + 1) for item in value]
+        return value
+
+    def _freed_tensor(self, value: Any) -> ForeignTensor:
+        import torch
+
+        from dckpt.state.naming import DTYPE_NAMES
+
         if value.dtype not in DTYPE_NAMES or value.layout is not torch.strided or value.is_quantized:
             raise ConfigError(f"a tensor of {value.dtype}, {value.layout}: it has no place in a checkpoint.")
-        whole = value.detach().contiguous()
-        raw = whole.reshape(-1).view(torch.uint8).numpy() if whole.numel() else np.empty(0, np.uint8)
+        dtype, shape = DTYPE_NAMES[value.dtype], tuple(value.shape)
+        if not value.numel():
+            return ForeignTensor(dtype, shape, memoryview(b""))
+        if not value.is_contiguous():
+            self._bytes_left -= value.numel() * value.element_size()
+            if self._bytes_left < 0:
+                raise self._beyond(
+                    "tensors whose elements stand in the file", f"one of {shape} with strides {value.stride()}"
+                )
+        raw = value.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
         address = value.untyped_storage().data_ptr() + value.storage_offset() * value.element_size()
-        return ForeignTensor(DTYPE_NAMES[value.dtype], tuple(value.shape), memoryview(raw), int(address))  # type: ignore[arg-type]
-    if isinstance(value, Mapping):
-        return {key: _freed(item) for key, item in value.items()}
-    if isinstance(value, tuple):
-        return tuple(_freed(item) for item in value)
-    if isinstance(value, list):
-        return [_freed(item) for item in value]
-    return value
+        return ForeignTensor(dtype, shape, memoryview(raw), (str(self._path), int(address), tuple(value.stride())))
+
+    def _beyond(self, expected: str, found: str) -> CorruptCheckpointError:
+        return CorruptCheckpointError(
+            f"{self._path}: expected {expected}, found {found}. It would take memory out of all proportion to the file: save it "
+            "again with plain values, or leave it out.",
+            key=str(self._path),
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,8 @@ from dckpt.tools.foreign import ForeignState, read_foreign
 from dckpt.tools.foreign_torch import ForeignTensor
 from dckpt.tools.refill import MOMENTS_LOST
 
+RANKS_SHOWN = 16
+
 Verdict = Literal["COMPLETE", "PARTIAL", "CORRUPT"]
 
 
@@ -59,9 +61,14 @@ def _missing(state: ForeignState) -> dict[str, str]:
         found["progress"] = "no step"
     lost = [rank for rank in range(state.ranks) if rank not in state.streams]
     if lost:
-        of = "" if len(lost) == state.ranks else f" of rank{'s' * (len(lost) > 1)} {', '.join(map(str, lost))}"
+        of = "" if len(lost) == state.ranks else f" of rank{'s' * (len(lost) > 1)} {_shown(lost)}"
         found["rng"] = f"no random streams{of}"
     return found
+
+
+def _shown(ranks: Sequence[int]) -> str:
+    more = f" and {len(ranks) - RANKS_SHOWN} more" if len(ranks) > RANKS_SHOWN else ""
+    return f"{', '.join(map(str, ranks[:RANKS_SHOWN]))}{more}"
 
 
 def _finding(name: str, why: str) -> Finding:

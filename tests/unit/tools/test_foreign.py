@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +20,18 @@ import torch
 from click.testing import CliRunner, Result
 
 from dckpt.catalog.catalog import Catalog
+from dckpt.catalog.generations import list_generations
 from dckpt.cli.main import main
 from dckpt.errors import ConfigError, CorruptCheckpointError
 from dckpt.storage.local import LocalStorage
+from dckpt.tools import foreign_torch
 from dckpt.tools.foreign import read_foreign
 from dckpt.tools.foreign_import import ImportRequest, apply_import, prepare_import
 from dckpt.tools.foreign_torch import read_pickled
 from dckpt.tools.foreign_verdict import verify_foreign
 from dckpt.tools.verify import verify_checkpoint
 from tests.support.foreign import ForeignRun, Kind, losses_after_resume
+from tests.support.repairs import read_tensor
 
 KINDS: tuple[Kind, ...] = ("bin", "safetensors", "sharded", "bundle", "bundle beside weights")
 
@@ -247,6 +253,147 @@ def test_a_file_that_is_cut_short_is_named(tmp_path: Path, name: str, size: int)
     assert report.verdict == "CORRUPT"
     assert name in report.damages[0]
     assert dckpt("verify", source).exit_code == 4
+
+
+STREAM = {"torch": torch.get_rng_state()}
+
+
+def doubled(times: int) -> list[Any]:
+    """A list that names itself 2^times times, in a few bytes."""
+    found: list[Any] = [1]
+    for _ in range(times):
+        found = [found, found]
+    return found
+
+
+def nested_in_itself() -> list[Any]:
+    found: list[Any] = []
+    found.append(found)
+    return found
+
+
+HOSTILE: dict[str, Callable[[], dict[str, Any]]] = {
+    "expanded to a terabyte": lambda: {"model": {"w": torch.zeros(1).expand(2**38)}},
+    "expanded often": lambda: {"model": {str(n): torch.zeros(1).expand(64, 64) for n in range(20)}},
+    "doubled forty times": lambda: {"x": doubled(40)},
+    "nested in itself": lambda: {"x": nested_in_itself()},
+    "nested deep": lambda: {"x": functools.reduce(lambda inner, _: [inner], range(80), 1)},
+    "three billion ranks": lambda: {"rng": {"3000000000": STREAM}},
+    "a rank of a million": lambda: {"rng": {"0": STREAM, "999999": STREAM}},
+    "a digit that is no number": lambda: {"rng": {"\u00b2": STREAM}},
+    "a rank without a state": lambda: {"rng": [None] * 1000},
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_small_file_that_asks_for_much_is_refused(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(foreign_torch, "NODES_MAX", 20_000)
+    torch.save({"model": {"w": torch.zeros(1)}, **HOSTILE[kind]()}, tmp_path / "x.pt")
+    assert (tmp_path / "x.pt").stat().st_size < 40_000
+
+    report = verify_foreign(str(tmp_path / "x.pt"))
+
+    assert report.verdict == "CORRUPT"
+    assert len(report.damages) == 1 and "x.pt" in report.damages[0]
+    with pytest.raises(CorruptCheckpointError):
+        prepare_import(ImportRequest(str(tmp_path / "x.pt"), str(tmp_path / "run")))
+
+
+def weights_file(place: Path, weights: dict[str, torch.Tensor]) -> Path:
+    place.mkdir()
+    torch.save(weights, place / "pytorch_model.bin")
+    return place
+
+
+def test_only_the_same_elements_in_the_same_order_are_a_tied_tensor(tmp_path: Path) -> None:
+    """A transposed view begins at the same address and has the same shape."""
+    held = torch.arange(16.0).reshape(4, 4)
+    weights = {"enc": held, "tied": held, "dec": held.t()}
+    source = weights_file(tmp_path / "old", weights)
+
+    imported(str(source), tmp_path / "run", fill=True)
+
+    manifest, _ = Catalog(LocalStorage(str(tmp_path / "run"))).read_manifest("step-0000000000.g0001")
+    assert manifest.aliases == {"model.tied": "model.enc"}
+    for name in ("enc", "dec"):
+        data = read_tensor(tmp_path / "run", "step-0000000000.g0001", f"model.{name}")
+        assert data == weights[name].contiguous().numpy().tobytes(), name
+
+
+@pytest.mark.parametrize("change", ["replaced", "gone", "one more"])
+def test_files_that_change_between_plan_and_import_are_noticed(tmp_path: Path, change: str) -> None:
+    run = ForeignRun()
+    run.train(2)
+    source = run.write(tmp_path / "old", "bin")
+    prepared = prepare_import(ImportRequest(str(source), str(tmp_path / "run")))
+    if change == "replaced":
+        (source / "scheduler.pt").write_bytes((source / "optimizer.pt").read_bytes())
+    elif change == "gone":
+        (source / "scheduler.pt").unlink()
+    else:
+        (source / "scaler.pt").write_bytes(b"x")
+
+    with pytest.raises(CorruptCheckpointError, match="plan again"):
+        apply_import(prepared)
+
+    assert Catalog(LocalStorage(str(tmp_path / "run"))).checkpoints() == []
+    assert list_generations(LocalStorage(str(tmp_path / "run"))) == []
+
+
+def test_a_tensor_that_has_no_place_in_a_schedulers_state_is_an_error_with_its_path(tmp_path: Path) -> None:
+    source = weights_file(tmp_path / "old", {"w": torch.zeros(2)})
+    torch.save({"last_epoch": 3, "rates": [{"table": torch.arange(3.0)}]}, source / "scheduler.pt")
+
+    with pytest.raises(ConfigError, match=r"scheduler\.rates\[0\]\.table: .* F32 \[3\]"):
+        prepare_import(ImportRequest(str(source), str(tmp_path / "run")))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.int16, torch.uint32, torch.bool])
+def test_a_tensor_with_one_number_is_that_number(tmp_path: Path, dtype: torch.dtype) -> None:
+    source = weights_file(tmp_path / "old", {"w": torch.zeros(2)})
+    torch.save({"last_lr": torch.tensor([1.0]).to(dtype)}, source / "scheduler.pt")
+
+    prepared = prepare_import(ImportRequest(str(source), str(tmp_path / "run")))
+
+    state = prepared.manifest.values["scheduler"]["state"]  # type: ignore[index,call-overload]
+    assert state == {"last_lr": 1}
+
+
+@pytest.mark.parametrize(
+    "kind", ["Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adadelta", "RMSprop", "Adagrad", "SGD", "Rprop"]
+)
+def test_the_class_of_an_optimizer_is_told_or_asked_for(tmp_path: Path, kind: str) -> None:
+    model = torch.nn.Linear(2, 2)
+    options = {"momentum": 0.9} if kind == "SGD" else {}
+    optimizer = getattr(torch.optim, kind)(model.parameters(), lr=0.01, **options)
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    source = weights_file(tmp_path / "old", model.state_dict())
+    torch.save(optimizer.state_dict(), source / "optimizer.pt")
+
+    prepared = prepare_import(ImportRequest(str(source), str(tmp_path / "run")))
+
+    if kind == "Rprop":
+        assert "--optimizer" in prepared.plan.refusals[0]
+    else:
+        assert prepared.manifest.values["optim"]["optimizers"][""]["class"] == kind  # type: ignore[index,call-overload]
+
+
+def test_adam_of_older_torch_is_not_guessed(tmp_path: Path) -> None:
+    """Without `decoupled_weight_decay` Adam and AdamW look the same, and decay weights in two ways."""
+    run = ForeignRun()
+    run.train(2)
+    source = run.write(tmp_path / "old", "bin")
+    found = run.optimizer.state_dict()
+    for group in found["param_groups"]:
+        del group["decoupled_weight_decay"]
+    torch.save(found, source / "optimizer.pt")
+    request = ImportRequest(str(source), str(tmp_path / "run"), order=options_for(run, "sharded", source)["order"])
+
+    refused, told = prepare_import(request), prepare_import(replace(request, optimizer="AdamW"))
+
+    assert "--optimizer" in refused.plan.refusals[0]
+    assert told.plan.refusals == ()
 
 
 def test_a_missing_shard_of_the_weights_is_named(tmp_path: Path) -> None:

@@ -166,16 +166,7 @@ class ElasticDistributedSampler(Sampler[int]):
 
         `ConfigError` if the progress is of another kind, or has another batch.
         """
-        if not callable(getattr(progress, "draw_from", None)):
-            raise ConfigError(
-                f"TrainState(data=): an ElasticDistributedSampler is moved by a TrainProgress, found progress of type "
-                f"{type(progress).__name__}. Pass progress=dckpt.TrainProgress(...)"
-            )
-        if progress.batch is not None and shape_of(progress.batch) != (self._micro, self._accumulation, self._ranks):
-            raise ConfigError(
-                f"TrainState: expected one batch, found {progress.batch} in the progress and micro={self._micro}, "
-                f"accumulation={self._accumulation}, data_parallel={self._ranks} in the sampler. Give both the same dckpt.Batch"
-            )
+        ensure_same_batch(progress, (self._micro, self._accumulation, self._ranks), what="an ElasticDistributedSampler")
         self._skipped = micro_steps_of(progress)
 
     # The indices.
@@ -319,6 +310,20 @@ class MicroBatches(Sampler[list[int]]):
         if sampler._tail == "short" and (sampler._place.size - sampler._place.cursor) % sampler._step:
             steps += 1
         return steps * sampler._accumulation - sampler._skipped()
+
+
+def ensure_same_batch(progress: ProgressLike, own: tuple[int, int, int], *, what: str) -> None:
+    """`ConfigError` if `progress` moves no samplers, or by another batch than (micro, accumulation, ranks) `own`."""
+    if not callable(getattr(progress, "draw_from", None)):
+        raise ConfigError(
+            f"TrainState(data=): {what} is moved by a TrainProgress, found progress of type {type(progress).__name__}. Pass "
+            "progress=dckpt.TrainProgress(...)"
+        )
+    if progress.batch is not None and shape_of(progress.batch) != own:
+        raise ConfigError(
+            f"TrainState: expected one batch, found {progress.batch} in the progress and micro={own[0]}, accumulation={own[1]}, "
+            f"data_parallel={own[2]} in {what}. Give both the same dckpt.Batch"
+        )
 
 
 def micro_steps_of(progress: ProgressLike) -> Callable[[], int]:

@@ -20,6 +20,7 @@ from dckpt.data.sampler import (
     ElasticDistributedSampler,
     MicroBatches,
     ProgressLike,
+    ensure_same_batch,
     micro_steps_of,
     nothing_skipped,
     position_of,
@@ -115,10 +116,11 @@ class InterleavedLoader:
 
     def __len__(self) -> int:
         """How many micro-batches a pass from the position on yields."""
-        return (self._place.size - self._place.cursor) // self._step * self._accumulation
+        return (self._place.size - self._place.cursor) // self._step * self._accumulation - self._skipped()
 
     def follow_progress(self, progress: ProgressLike) -> None:
-        """`TrainState` calls it; see `ElasticDistributedSampler`."""
+        """`TrainState` calls it; see `ElasticDistributedSampler`. `ConfigError` if the progress is of another kind or batch."""
+        ensure_same_batch(progress, (self._micro, self._accumulation, self._ranks), what="an adapted loader")
         self._skipped = micro_steps_of(progress)
 
     def __getstate__(self) -> dict[str, Any]:

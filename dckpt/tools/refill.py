@@ -190,6 +190,11 @@ class NewValue:
     change: Change
 
 
+LEGS_MAX = 1000
+
+_LEG_FACTS = (("leg", 1), ("leg_step", -1), ("leg_epoch", -1), ("leg_samples", -1))
+
+
 def refill_progress(manifest: Manifest) -> NewValue | None:
     """Counters from the checkpoint's own facts and step; None if the samples are not known."""
     if manifest.step is None:
@@ -203,6 +208,9 @@ def refill_progress(manifest: Manifest) -> NewValue | None:
             return None
         known["samples"] = manifest.step * batch
         how = f"the step is the checkpoint's; samples are counted as {manifest.step:,} steps of {batch:,}"
+    legs = _legs_from_facts(known, manifest.step)
+    if legs is None:
+        return None
     history = facts.get("batch_history") if isinstance(facts, Mapping) else None
     state: dict[str, Any] = {
         "epoch": 0,
@@ -212,10 +220,32 @@ def refill_progress(manifest: Manifest) -> NewValue | None:
         "best_loss": None,
         "loss_history": [],
         "batch_history": history if isinstance(history, list) else [],
+        "legs": legs,
+        "leg_best_loss": None,
     }
+    if len(legs) > 1:
+        how += (
+            f"; it is in leg {len(legs)}, and the names of the legs are lost: continue with resume, for start_leg with the same "
+            "name would begin that leg again"
+        )
     missing = "" if "epoch" in known else "; the epoch is not known and counts from 0"
     change = Change("progress", "filled in", f"{how}{missing}; the losses' history is lost")
     return NewValue({"kind": "stateful", "state": state}, change)
+
+
+def _legs_from_facts(known: dict[str, int], step: int) -> list[list[Any]] | None:
+    """[name, step, epoch, samples] at the beginning of each leg; takes its facts out of `known`. None if they do not add up.
+
+    Where legs between the first and the last began is not known, and nothing counts from there.
+    """
+    number, *own = (known.pop(name, default) for name, default in _LEG_FACTS)
+    legs: list[list[Any]] = [[None, 0, 0, 0]]
+    if number == 1:
+        return legs
+    begin = [step - own[0], known.get("epoch", -1) - own[1], known["samples"] - own[2]]
+    if not 1 < number <= LEGS_MAX or min(own) < 0 or min(begin) < 0:
+        return None
+    return [*(legs * (number - 1)), [None, *begin]]
 
 
 def _batch_samples(batch: object) -> int | None:

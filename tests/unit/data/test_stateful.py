@@ -200,6 +200,24 @@ def test_a_loader_of_another_kind_is_refused_by_name():
         adapt_loader(make_loader(batch_size=4, sampler=other), batch=batch).load_state_dict(loader.state_dict())
 
 
+def test_another_batch_in_the_progress_than_in_the_loader_is_refused():
+    """Its accumulation was forgotten: the position would move by half of what is trained on."""
+    loader = adapt_loader(distributed(0, 1, 2), batch=Batch(micro=2))
+
+    with pytest.raises(ConfigError, match=r"expected one batch, found Batch\(micro=2, accumulation=2"):
+        TrainState(model=nn.Linear(1, 1), data=loader, progress=TrainProgress(batch=Batch(micro=2, accumulation=2)))
+
+
+def test_the_length_leaves_out_the_micro_batches_that_are_accumulated_already():
+    batch = Batch(micro=2, accumulation=2)
+    loader, progress = adapt_loader(distributed(0, 1, 2), batch=batch), TrainProgress(batch=batch)
+    state = TrainState(model=nn.Linear(1, 1), data=loader, progress=progress)
+    progress.micro_step = 1
+
+    assert len(loader) == len(list(loader)) == SIZE // 4 * 2 - 1
+    assert state.progress is progress
+
+
 def test_what_cannot_be_adapted_is_refused_by_name():
     elastic = ElasticDistributedSampler(SIZE, batch=Batch(4), seed=0, rank=0)
     plain = DistributedSampler(Numbers(), num_replicas=1, rank=0)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from dckpt.catalog.generations import list_generations, read_generation
 from dckpt.catalog.line import Line, trace_line
+from dckpt.catalog.references import hold
 from dckpt.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
@@ -161,13 +162,20 @@ class Catalog:
         return {name for name in names if parse_checkpoint_name(name) is not None}
 
     def pin(self, name: str) -> None:
-        """The checkpoint `name` is never expired from now on, durably. Pinning it twice is fine."""
+        """The checkpoint `name` is never expired from now on, durably. Pinning it twice is fine.
+
+        `CheckpointNotFoundError` if it is not there, or was deleted meanwhile; nothing is then pinned.
+        """
         self.resolve(name)
         try:
             self._storage.create(pin_key(name), b"{}\n")
         except KeyExistsError:
             # Possibly pinned by a process that died before its sync.
             self._storage.sync_dir(PINS_DIR)
+        # As one who refers to it (FORMAT.md, section 8.3): the pin was shown first, so whoever deletes sees it or is seen here.
+        if not hold(self._storage, [name]):
+            self.unpin(name)
+            raise self._not_found(name, self.checkpoints()[::-1])
 
     def unpin(self, name: str) -> None:
         """The checkpoint `name` may be expired again. Nothing happens if it is not pinned."""

@@ -11,7 +11,7 @@ from dckpt import failpoint
 from dckpt.catalog.catalog import Catalog
 from dckpt.catalog.generations import create_generation
 from dckpt.catalog.prune import expire, find_leftovers, sweep
-from dckpt.errors import CommitConflictError, ConfigError, CorruptCheckpointError
+from dckpt.errors import CheckpointNotFoundError, CommitConflictError, ConfigError, CorruptCheckpointError, StorageError
 from dckpt.format.layout import CheckpointId
 from dckpt.storage.local import LocalStorage
 from tests.support.commits import commit, ensure_whole, make_record, stage_step, start_generation
@@ -62,6 +62,37 @@ def test_a_pin_after_the_plan_protects(storage: LocalStorage):
     with pytest.raises(CommitConflictError, match="pin"):
         expire(storage, [first, second])
     assert steps(storage) == [100, 200, 300]
+
+
+def test_a_pin_that_comes_after_the_pins_were_looked_at_still_holds(storage: LocalStorage):
+    first, _ = (commit(storage, step, 1) for step in (100, 200))
+    failpoint.arm({"before_prune": lambda: Catalog(storage).pin(first)})
+
+    try:
+        with pytest.raises(StorageError):
+            expire(storage, [first])
+    finally:
+        failpoint.disarm()
+
+    assert steps(storage) == [100, 200]
+    assert Catalog(storage).pins() == {first}
+    ensure_whole(storage, first)
+
+
+def test_a_pin_that_comes_too_late_is_refused_and_leaves_none(storage: LocalStorage):
+    """The checkpoint goes after it was found, and before the pin is there."""
+    first, _ = (commit(storage, step, 1) for step in (100, 200))
+
+    class Late(LocalStorage):
+        def create(self, key: str, data: bytes) -> None:
+            if key.endswith(first):
+                assert expire(storage, [first]) == [first]
+            super().create(key, data)
+
+    with pytest.raises(CheckpointNotFoundError):
+        Catalog(Late(storage.root)).pin(first)
+
+    assert Catalog(storage).pins() == set()
 
 
 def test_nothing_goes_while_the_newest_cannot_be_read(storage: LocalStorage):

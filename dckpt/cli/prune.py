@@ -12,6 +12,7 @@ from dckpt.cli.outcome import INCOMPLETE, OK, is_confirmed, json_option, print_j
 from dckpt.tools.prune import LEFTOVER_HOURS, PruneRequest, apply_prune, plan_prune
 from dckpt.tools.target import open_run
 from dckpt.viz.terminal import render_plan
+from dckpt.viz.units import format_count
 
 
 @click.command(
@@ -73,13 +74,17 @@ def prune(
     plan = plan_prune(storage, request, now_unix_s=time.time())
     if not as_json:
         click.echo(render_plan(plan), nl=False)
-    question = f"Remove {len(plan.remove)} checkpoints and {len(plan.leftovers)} leftovers?"
+    question = (
+        f"Remove {format_count(len(plan.remove), 'checkpoint')} and {format_count(len(plan.leftovers), 'leftover')}?"
+    )
     is_applied = not plan.is_empty and not dry_run and is_confirmed(question, yes=yes, as_json=as_json)
     num_removed = apply_prune(storage, plan) if is_applied else 0
     if as_json:
         print_json({"plan": plan, "freed_bytes": plan.freed_bytes, "is_applied": is_applied})
     elif is_applied:
-        click.echo(f"Removed {num_removed} checkpoints and {len(plan.leftovers)} leftovers.")
+        click.echo(
+            f"Removed {format_count(num_removed, 'checkpoint')} and {format_count(len(plan.leftovers), 'leftover')}."
+        )
     return OK if is_applied or (dry_run and not plan.is_empty) else INCOMPLETE
 
 

@@ -250,7 +250,7 @@ class Committer:
             log.exception("retention failed after the commit of %s", job.checkpoint)
             kept = 0
         log.info(
-            "step %d committed as %s: durable after %.2f s, training stalled %.2f s, %d checkpoints kept, "
+            "step %d committed as %s: durable after %.2f s, training stalled %.2f s, checkpoints kept: %d, "
             "work at risk %.1f s",
             job.pending.step,
             job.checkpoint,

@@ -117,7 +117,8 @@ class Lineage:
             return
         latest = max(found).name if found else "none"
         raise ConfigError(
-            f"Run {self._storage.locate('')}: expected an empty root for a new run, found {len(found)} checkpoints (newest "
+            f"Run {self._storage.locate('')}: expected an empty root for a new run, found {len(found)} "
+            f"checkpoint{'s' * (len(found) != 1)} (newest "
             f"{latest}) of {newest} generation{'s' * (newest > 1)}. "
             "Saving here without loading would start a second history: call "
             "checkpointer.resume(state) first, or choose another root."

@@ -137,6 +137,18 @@ def _ensure_replaced(found) -> None:
     assert found["is the new job's"]
 
 
+def test_walking_back_is_told_once_not_by_every_rank(ranks, tmp_path):
+    root = tmp_path / "run"
+    ranks.run(jobs.save_small, 1, str(root), [1, 2], has_group=False)
+    damaged = next(root.glob("step-0000000002.g0001/*/rank00000.safetensors"))
+    flip(str(damaged), damaged.stat().st_size - 1, 1)
+    (first, told), (second, silent) = ranks.run(jobs.resume_small, 2, str(root))
+
+    assert (first, second) == (1, 1)
+    assert "step-0000000002.g0001 is damaged, walking back" in "\n".join(told)
+    assert "walking back" not in "\n".join(silent)
+
+
 def test_a_mistyped_root_is_a_new_run_that_is_announced_with_its_neighbour(ranks, tmp_path):
     ranks.run(jobs.save_small, 1, str(tmp_path / "gpt"), [1, 2], has_group=False)
     for (step, told), rank in zip(ranks.run(jobs.resume_small, 2, str(tmp_path / "gtp")), range(2), strict=True):

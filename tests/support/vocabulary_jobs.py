@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 import dckpt
+from dckpt.resume.explain import read_page
 
 BASE, SIZE = 8, 12
 
@@ -78,3 +81,22 @@ def train_masked_before_wrapping(rank: int, world_size: int, root: str | None) -
         except dckpt.ResumeRejectedError as error:
             return str(error)
     return "nothing was said"
+
+
+def train_with_the_mask_of_the_page(rank: int, world_size: int) -> tuple[bool, bool]:
+    """Whether base rows, and whether new rows, are as before after some steps under `fully_shard`."""
+    base, size = 50_257, 50_260
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.embed = nn.Embedding(size, 2)
+    before = model.embed.weight.detach().clone()
+    fully_shard(model.embed)
+    blocks = re.findall(r"```python\n(.*?)```", read_page("frozen_rows").text, flags=re.DOTALL)
+    exec(next(block for block in blocks if "register_post" in block), {"torch": torch, "model": model})
+    optimizer = torch.optim.AdamW(model.embed.parameters(), lr=0.1, weight_decay=0.0)
+    for _ in range(2):
+        model.embed(torch.tensor([0, 3, base - 1, base, size - 1])).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    after = model.embed.weight.full_tensor()
+    return torch.equal(after[:base], before[:base]), torch.equal(after[base:], before[base:])

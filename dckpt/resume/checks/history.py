@@ -31,7 +31,7 @@ def check_files(evidence: Evidence) -> Iterator[Finding]:
     yield finding(
         "files",
         "critical",
-        f"{len(faults)} files of {evidence.checkpoint.get('name')} are missing or have another size: {some(faults)}",
+        f"files of {evidence.checkpoint.get('name')} are missing or have another size: {some(faults)}",
         expected="every file with its size",
         found=list(faults),
         remedy="run `dckpt verify` and `dckpt repair` on it; resume would walk back to an older step, or allow files",

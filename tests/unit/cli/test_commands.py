@@ -138,6 +138,8 @@ def test_verify_exits_0_for_complete_1_for_partial_4_for_corrupt(run: Path) -> N
     result = dckpt("verify", run)
     assert result.exit_code == 4
     assert "CORRUPT" in result.stdout
+    assert "`dckpt repair` shows what can be restored" in " ".join(result.stdout.split())
+    assert "64 KiB, the unit of checksums" in " ".join(result.stdout.split())
     assert str(path.relative_to(run)) in result.stdout
     assert "written by rank 1" in result.stdout
     assert "model.weight" in result.stdout

@@ -107,6 +107,7 @@ def test_nothing_to_do_exits_1(run: Path, tmp_path: Path) -> None:
         (("--mesh", "dp=-1"), "dp=-1"),
         (("--mesh", "dp=2", "--world-size", 3), "expected 3 ranks"),
         (("--mesh", "dp=2,tp=2"), "the checkpoint names no mesh"),
+        (("--mesh", "dp=2,tp=2"), "Use --world-size, or pass TrainState(mesh=...) when saving"),
     ],
 )
 def test_a_wrong_command_line_and_an_impossible_mesh_exit_2(

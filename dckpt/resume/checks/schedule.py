@@ -241,7 +241,7 @@ def check_schedule(evidence: Evidence) -> Iterator[Finding]:
                     expected=float(was),
                     found=float(would),
                     remedy="build the schedule with the saved constants, or call start_leg(state, scheduler='fresh') "
-                    "for a new one",
+                    "for a new one; if allowed, the saved constants go on, but the functions of a LambdaLR are the new ones",
                 )
                 break
 

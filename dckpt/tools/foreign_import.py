@@ -150,7 +150,7 @@ class _Import:
             text = read_bytes_of(Path(self.request.order), ORDER_BYTES_MAX).decode("utf-8", "replace")
             names = tuple(line.strip() for line in text.splitlines() if line.strip())
             return ModelOrder(names, label=self.request.order)
-        found = order_by_config(path) if path.is_dir() else None
+        found = order_by_config(path, num_weights=len(self.state.weights)) if path.is_dir() else None
         if found is not None:
             return found
         if self.state.has_order:

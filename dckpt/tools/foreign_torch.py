@@ -20,6 +20,13 @@ from dckpt.errors import ConfigError, CorruptCheckpointError, DckptError
 CONFIG_BYTES_MAX = 16 * 2**20
 
 
+COUNT_MIN = 1024
+"""How many layers config.json may tell of, however few weights there are."""
+
+LABELS_MAX = 1_000_000
+
+_COUNTS = re.compile(r"(layers?|experts|blocks|depths?|stages)$")
+
 NODES_MAX = 4_000_000
 """Values in one file, containers that stand in several places counted at each: a small file can name one a trillion times."""
 
@@ -168,45 +175,79 @@ class ModelOrder:
     label: str = ""
 
 
-def order_by_config(directory: Path) -> ModelOrder | None:
+def order_by_config(directory: Path, *, num_weights: int) -> ModelOrder | None:
     """As the `transformers` that is installed builds the architecture that config.json names, without memory for it.
 
-    None without config.json or transformers, or if that version does not know the architecture. No code of the checkpoint runs.
+    None without config.json or transformers, or if that version does not know the architecture. No code of the checkpoint runs,
+    and none is fetched. `CorruptCheckpointError` if the file is none, or tells of more layers than `num_weights` weights have.
     """
     path = directory / "config.json"
     if not path.is_file() or path.stat().st_size > CONFIG_BYTES_MAX:
         return None
     try:
-        names = json.loads(path.read_text(encoding="utf-8")).get("architectures")
-    except (ValueError, AttributeError) as error:
+        written = json.loads(path.read_text(encoding="utf-8"))
+        names = written.get("architectures")
+        _ensure_few(written, path, max(num_weights, COUNT_MIN), depth=0)
+    except (ValueError, AttributeError, RecursionError) as error:
         raise CorruptCheckpointError(f"{path}: expected a JSON object, found {error}.", key=str(path)) from error
+    if not names:
+        return None
+    name = names[0] if isinstance(names, list) else names
+    if not isinstance(name, str):
+        raise CorruptCheckpointError(f"{path}: expected a list of names as architectures, found others.", key=str(path))
     try:
         import torch
 
         transformers: Any = importlib.import_module("transformers")
     except ImportError:
         return None
-    kind = getattr(transformers, names[0], None) if isinstance(names, list) and names else None
+    kind = getattr(transformers, name, None)
     if not isinstance(kind, type) or not issubclass(kind, torch.nn.Module):
         return None
-    config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    with torch.device("meta"):
-        model = kind(config)
+    try:
+        config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        # config.json can name an implementation that lies elsewhere, which would be fetched and run.
+        config._attn_implementation = "eager"
+        with torch.device("meta"):
+            model = kind(config)
+    except Exception as error:
+        raise CorruptCheckpointError(
+            f"{path}: expected what {name} of transformers {transformers.__version__} is built from, found "
+            f"{_reason(error)}. Name the optimizer's parameters with --order FILE, and leave config.json out.",
+            key=str(path),
+        ) from error
     first: dict[int, str] = {}
     ties: dict[str, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        held = first.setdefault(id(parameter), name)
-        if held != name:
-            ties[name] = held
+    for parameter_name, parameter in model.named_parameters(remove_duplicate=False):
+        held = first.setdefault(id(parameter), parameter_name)
+        if held != parameter_name:
+            ties[parameter_name] = held
     norms = {
-        f"{place}.{name}" if place else name
+        f"{place}.{own}" if place else own
         for place, module in model.named_modules()
         if isinstance(module, torch.nn.LayerNorm)
-        for name, _ in module.named_parameters(recurse=False)
+        for own, _ in module.named_parameters(recurse=False)
     }
     return ModelOrder(
-        tuple(first.values()), frozenset(norms), ties, f"{names[0]} of transformers {transformers.__version__}"
+        tuple(first.values()), frozenset(norms), ties, f"{name} of transformers {transformers.__version__}"
     )
+
+
+def _ensure_few(written: Any, path: Path, limit: int, *, depth: int) -> None:
+    """Layers and the like are built one by one: each has a weight of its own."""
+    if depth > DEPTH_MAX:
+        raise CorruptCheckpointError(f"{path}: expected at most {DEPTH_MAX} levels, found more.", key=str(path))
+    for name, value in written.items():
+        for one in value if isinstance(value, list) else [value]:
+            if isinstance(one, Mapping):
+                _ensure_few(one, path, limit, depth=depth + 1)
+                continue
+            most = LABELS_MAX if name == "num_labels" else limit
+            if isinstance(one, (int, float)) and one > most and (name == "num_labels" or _COUNTS.search(name)):
+                raise CorruptCheckpointError(
+                    f"{path}: {name}: expected at most {most:,} in a checkpoint with so few weights, found {one}.",
+                    key=str(path),
+                )
 
 
 def read_bytes_of(path: Path, limit: int) -> bytes:

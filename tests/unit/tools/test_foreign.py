@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,10 +28,10 @@ from dckpt.storage.local import LocalStorage
 from dckpt.tools import foreign_torch
 from dckpt.tools.foreign import read_foreign
 from dckpt.tools.foreign_import import ImportRequest, apply_import, prepare_import
-from dckpt.tools.foreign_torch import read_pickled
+from dckpt.tools.foreign_torch import order_by_config, read_pickled
 from dckpt.tools.foreign_verdict import verify_foreign
 from dckpt.tools.verify import verify_checkpoint
-from tests.support.foreign import ForeignRun, Kind, losses_after_resume
+from tests.support.foreign import ForeignRun, Kind, Net, losses_after_resume
 from tests.support.repairs import read_tensor
 
 KINDS: tuple[Kind, ...] = ("bin", "safetensors", "sharded", "bundle", "bundle beside weights")
@@ -377,6 +378,64 @@ def test_the_class_of_an_optimizer_is_told_or_asked_for(tmp_path: Path, kind: st
         assert "--optimizer" in prepared.plan.refusals[0]
     else:
         assert prepared.manifest.values["optim"]["optimizers"][""]["class"] == kind  # type: ignore[index,call-overload]
+
+
+CONFIGS: dict[str, Any] = {
+    "names that are none": {"architectures": [["Net"]]},
+    "a name that is none": {"architectures": 7},
+    "a billion layers": {"architectures": ["Net"], "num_hidden_layers": 10**9},
+    "a billion layers in a part": {"architectures": ["Net"], "text_config": {"n_layer": 10**9}},
+    "a billion experts in a list": {"architectures": ["Net"], "experts": [1, 10**9]},
+    "a billion labels": {"architectures": ["Net"], "num_labels": 10**9},
+    "no object": [1, 2],
+    "what the class refuses": {"architectures": ["Net"], "width": "wide"},
+}
+
+
+class _AutoConfig:
+    @staticmethod
+    def from_pretrained(directory: Path, *, local_files_only: bool, trust_remote_code: bool) -> SimpleNamespace:
+        assert local_files_only and not trust_remote_code
+        return SimpleNamespace(**json.loads((directory / "config.json").read_text()))
+
+
+@pytest.fixture
+def attention(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A package in place of transformers, which builds `Net`; what it was told of its attention."""
+    told: list[str] = []
+
+    class Built(Net):
+        def __init__(self, config: SimpleNamespace) -> None:
+            told.append(config._attn_implementation)
+            super().__init__(int(config.width))
+
+    module = ModuleType("transformers")
+    module.__dict__.update(AutoConfig=_AutoConfig, Net=Built, __version__="0")
+    monkeypatch.setitem(sys.modules, "transformers", module)
+    return told
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_config_that_is_none_is_refused_before_anything_is_built(
+    tmp_path: Path, kind: str, attention: list[str]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS[kind]))
+
+    with pytest.raises(CorruptCheckpointError, match=r"config\.json"):
+        order_by_config(tmp_path, num_weights=20)
+
+    assert attention in ([], ["eager"])
+
+
+def test_an_implementation_that_lies_elsewhere_is_never_fetched(tmp_path: Path, attention: list[str]) -> None:
+    config = {"architectures": ["Net"], "width": 8, "num_hidden_layers": 2, "_attn_implementation": "owner/repo"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    order = order_by_config(tmp_path, num_weights=20)
+
+    assert attention == ["eager"]
+    assert order is not None
+    assert order.names == tuple(name for name, _ in Net().named_parameters())
 
 
 def test_adam_of_older_torch_is_not_guessed(tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ import dckpt
 
 Kind = Literal["single", "ddp", "fsdp"]
 
+WIDTH = 6
+
 
 class RunningMean(nn.Module):
     """Like BatchNorm without its synchronisation: each rank's buffers follow its own batches."""
@@ -65,7 +67,7 @@ class Extra(nn.Module):
 class Zoo(nn.Module):
     """Tied, frozen, never-used, narrow (empty shards) parameters; buffers of many dtypes; wrapped blocks."""
 
-    def __init__(self, width: int = 6, *, wrap: bool = True) -> None:
+    def __init__(self, width: int = WIDTH, *, wrap: bool = True) -> None:
         super().__init__()
         self.embed = nn.Embedding(11, width)
         blocks: list[nn.Module] = [Block(width), Block(width)]
@@ -111,10 +113,20 @@ def parallelise(model: nn.Module, kind: Kind) -> nn.Module:
 class Run:
     """One small training run: deterministic in (seed, world size), any kind of parallelism."""
 
-    def __init__(self, kind: Kind, rank: int, world_size: int, *, seed: int = 1, wrap: bool = True, steps: int = 100):
+    def __init__(
+        self,
+        kind: Kind,
+        rank: int,
+        world_size: int,
+        *,
+        seed: int = 1,
+        wrap: bool = True,
+        steps: int = 100,
+        width: int = WIDTH,
+    ):
         torch.manual_seed(seed)
         self.rank, self.world_size = rank, world_size
-        self.model = parallelise(Zoo(wrap=wrap), kind)
+        self.model = parallelise(Zoo(width, wrap=wrap), kind)
         trained = [p for n, p in self.model.named_parameters() if p.requires_grad]
         slow = [p for p in trained if p.ndim == 1]
         fast = [p for p in trained if p.ndim != 1]

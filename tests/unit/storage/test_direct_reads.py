@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -65,9 +66,26 @@ def file(tmp_path: Path) -> Path:
 
 
 def forget(path: Path, begin: int = 0, size: int = 0) -> None:
+    """Drops a range from the page cache; pages that the kernel still holds for a moment, until it has let go of them."""
     fd = os.open(path, os.O_RDONLY)
-    os.posix_fadvise(fd, begin, size, os.POSIX_FADV_DONTNEED)
-    os.close(fd)
+    last = (begin + size if size else os.fstat(fd).st_size) - 1
+    try:
+        for _ in range(200):
+            os.posix_fadvise(fd, begin, size, os.POSIX_FADV_DONTNEED)
+            if not any(_is_cached(fd, offset) for offset in {begin, last}):
+                return
+            time.sleep(0.01)
+    finally:
+        os.close(fd)
+
+
+def _is_cached(fd: int, offset: int) -> bool:
+    try:
+        return os.preadv(fd, [bytearray(1)], offset, os.RWF_NOWAIT) == 1
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system that cannot tell
+        return False
 
 
 @pytest.fixture

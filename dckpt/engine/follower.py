@@ -77,10 +77,8 @@ class Follower:
         if state.progress is not None:
             self._write(lambda events: events.write_losses(state.progress.loss_history))
 
-    def close(self, state: TrainState | None = None) -> None:
-        """Nothing follows."""
-        if state is not None:
-            self.saving(state)
+    def close(self) -> None:
+        """Nothing follows; losses since the last save are written by the run that trains these steps again."""
         self._write(lambda events: events.close())
         self._events = None
 

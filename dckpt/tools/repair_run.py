@@ -97,7 +97,8 @@ def apply_repair(prepared: Prepared, *, on_bytes: OnBytes = lambda _: None) -> N
     """Writes and commits the new checkpoint; on return it exists, durably.
 
     `CommitConflictError` if another job began a generation meanwhile, `CorruptCheckpointError` if a source changed since the plan
-    was made, `StorageFullError` before anything is written if there is no room. After any error there is no new checkpoint.
+    was made, `StorageFullError` before anything is written if there is no room. `UnknownOutcomeError`: the new checkpoint
+    may be there, and nothing is cleaned up. After any other error there is none.
     """
     assert not prepared.plan.refusals
     assert prepared.index is not None
